@@ -1,0 +1,117 @@
+"""Reading what a user wrote into a pydantic model, with errors that say what to do."""
+
+from __future__ import annotations
+
+import difflib
+import tomllib
+from pathlib import Path
+from typing import Any, TypeVar, get_args
+
+from pydantic import BaseModel, ValidationError
+
+from mutransfer.errors import UserError
+
+Model = TypeVar("Model", bound=BaseModel)
+
+_MAX_BYTES = 2**20
+
+
+def parse(schema: type[Model], data: object, where: str) -> Model:
+    """`data` as a `schema`; the first thing wrong with it becomes one line.
+
+    Args:
+        schema: The pydantic model.
+        data: What JSON or TOML gave.
+        where: The file, for the message.
+
+    Raises:
+        UserError: A field is missing, unknown (the nearest known one is named), of the wrong
+            type or out of its range.
+    """
+    try:
+        return schema.model_validate(data)
+    except ValidationError as error:
+        raise _explain(schema, error, where) from None
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """A TOML file of at most 1 MiB.
+
+    Raises:
+        UserError: The file is missing, too large or not TOML.
+    """
+    try:
+        if path.stat().st_size > _MAX_BYTES:
+            raise UserError("file is too large", where=str(path), expected="at most 1 MiB")
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, RecursionError, ValueError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"not a readable TOML file ({error})", where=str(path)) from error
+
+
+def find_shipped(name: str, folder: Path, kind: str) -> Path:
+    """The file `name`: a path if there is one, else the shipped file of that name.
+
+    Raises:
+        UserError: Neither exists.
+    """
+    if Path(name).suffix == ".toml" or "/" in name:
+        if not Path(name).is_file():
+            raise UserError(f"no such {kind} file", where=name, cure="Check the path.")
+        return Path(name)
+    shipped = {path.stem: path for path in sorted(folder.glob("*.toml"))}
+    if name not in shipped:
+        raise UserError(
+            f"no shipped {kind} has this name",
+            got=name,
+            expected=f"a path to a .toml file, or one of {', '.join(shipped)}",
+        )
+    return shipped[name]
+
+
+def _explain(schema: type[BaseModel], error: ValidationError, where: str) -> UserError:
+    details = error.errors(include_url=False)
+    # an unknown key explains more than the missing one that it was meant to be
+    first = next((d for d in details if d["type"] == "extra_forbidden"), details[0])
+    location = ".".join(str(part) for part in first["loc"])
+    message = first["msg"].removeprefix("Value error, ")
+    cause = first.get("ctx", {}).get("error")
+    if isinstance(cause, UserError):
+        return UserError(cause.what, where=f"{where}: {location or cause.where}", got=cause.got,
+                         expected=cause.expected, cure=cause.cure)  # fmt: skip
+    if first["type"] == "extra_forbidden":
+        known = _fields(schema, first["loc"][:-1])
+        near = difflib.get_close_matches(str(first["loc"][-1]), known, n=1, cutoff=0.0)
+        return UserError(
+            f"unknown field {location!r}",
+            where=where,
+            expected=f"{near[0]!r} perhaps; known here: {', '.join(known)}" if near else None,
+        )
+    if first["type"] == "missing":
+        return UserError(f"field {location!r} is missing", where=where)
+    got = None if isinstance(first["input"], (dict, list)) else repr(first["input"])
+    return UserError(message, where=f"{where}: {location}" if location else where, got=got)
+
+
+def _fields(schema: type[BaseModel], location: tuple[int | str, ...]) -> list[str]:
+    """Names of the fields of the model that `location` leads to."""
+    current: type[BaseModel] = schema
+    for part in location:
+        field = current.model_fields.get(str(part))
+        if field is None:
+            continue
+        inner = _model_in(field.annotation)
+        if inner is not None:
+            current = inner
+    return sorted(field.alias or name for name, field in current.model_fields.items())
+
+
+def _model_in(annotation: Any) -> type[BaseModel] | None:
+    """The pydantic model inside an annotation such as `tuple[Phase, ...]` or `Model | None`."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    for argument in get_args(annotation):
+        if (inner := _model_in(argument)) is not None:
+            return inner
+    return None

@@ -1,0 +1,255 @@
+"""The one decoder: pre-RMSNorm, SwiGLU, grouped-query attention, RoPE, tied or untied.
+
+Written over (..., batch, seq, d_model): leading dimensions pass through untouched.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from torch import Tensor, nn
+
+from mutransfer.errors import UserError
+from mutransfer.table import Multipliers
+from proxies.layers import LayerSet, Plain
+
+
+class DecoderConfig(BaseModel):
+    """The shape of a decoder; nothing in it is a hyperparameter to tune."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    d_model: int = Field(ge=1, le=2**20, description="width of the residual stream")
+    n_layers: int = Field(ge=1, le=4096, description="number of blocks")
+    n_heads: int = Field(ge=1, le=65536, description="query heads")
+    n_kv_heads: int = Field(ge=1, le=65536, description="key and value heads")
+    head_dim: int = Field(ge=2, le=4096, multiple_of=2, description="size of one head")
+    d_ff: int = Field(ge=1, le=2**22, description="width of the SwiGLU")
+    vocab_size: int = Field(ge=2, le=2**22, description="tokens in the vocabulary")
+    max_seq_len: int = Field(2048, ge=1, le=2**24, description="positions, in tokens")
+    rope_base: float = Field(10000.0, gt=0, description="RoPE's theta")
+    norm_eps: float = Field(1e-5, gt=0, lt=1, description="RMSNorm's epsilon")
+    tied: bool = Field(True, description="whether the head is the embedding")
+
+    @model_validator(mode="after")
+    def _heads(self) -> DecoderConfig:
+        if self.n_heads % self.n_kv_heads:
+            raise ValueError(
+                f"n_heads must be a multiple of n_kv_heads; got {self.n_heads}, {self.n_kv_heads}"
+            )
+        return self
+
+    @property
+    def n_embedding(self) -> int:
+        """Parameters of the embedding and of an untied head."""
+        return self.vocab_size * self.d_model * (1 if self.tied else 2)
+
+    @property
+    def n_nonembedding(self) -> int:
+        """All other parameters: what "size" means throughout."""
+        heads = (2 * self.n_heads + 2 * self.n_kv_heads) * self.head_dim
+        block = self.d_model * (heads + 3 * self.d_ff + 2)
+        return self.n_layers * block + self.d_model
+
+    @property
+    def n_parameters(self) -> int:
+        """All parameters."""
+        return self.n_embedding + self.n_nonembedding
+
+    @property
+    def width_step(self) -> int:
+        """Widths that are multiples of this keep every ratio exact."""
+        return self.d_model // math.gcd(self.d_model, self.n_heads, self.n_kv_heads, self.d_ff)
+
+    def narrow(self, d_model: int, n_layers: int | None = None) -> DecoderConfig:
+        """The same model at another width (and depth): equal head_dim and ratios.
+
+        Raises:
+            UserError: Heads, KV heads or d_ff would not be whole at this width.
+        """
+        step = self.width_step
+        if d_model < 1 or d_model % step:
+            some = ", ".join(str(step * k) for k in (1, 2, 3, 4)) + f", … ({step} * k)"
+            raise UserError(
+                "this model cannot be narrowed to that d_model exactly",
+                where="d_model",
+                got=d_model,
+                expected=f"one of {some}",
+                cure="Heads, KV heads and d_ff must stay in proportion.",
+            )
+        ratio = d_model // step
+        share = self.d_model // step
+        return self.model_copy(
+            update={
+                "d_model": d_model,
+                "n_layers": n_layers or self.n_layers,
+                "n_heads": self.n_heads // share * ratio,
+                "n_kv_heads": self.n_kv_heads // share * ratio,
+                "d_ff": self.d_ff // share * ratio,
+            }
+        )
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Applies RoPE (2104.09864, eq. 34) in the half-split layout that Llama's weights use.
+
+    Args:
+        x: (..., heads, seq, head_dim).
+        cos, sin: (seq, head_dim / 2).
+    """
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+
+
+class Attend(nn.Module):
+    """Causal softmax attention of rotated, scaled queries: softmax(q k^T) v.
+
+    A module of its own so that checks can watch its inputs; it has no parameters.
+    Shapes: q (..., n_heads, seq, head_dim), k and v (..., n_kv_heads, seq, head_dim).
+    """
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """The scale is in `q` already."""
+        repeat = q.shape[-3] // k.shape[-3]
+        if repeat > 1:
+            k, v = k.repeat_interleave(repeat, dim=-3), v.repeat_interleave(repeat, dim=-3)
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=1.0)
+
+
+class Attention(nn.Module):
+    """Grouped-query attention (2305.13245). Shapes: (..., batch, seq, d_model)."""
+
+    def __init__(self, config: DecoderConfig, layers: LayerSet) -> None:
+        super().__init__()
+        c = config
+        self.head_dim = c.head_dim
+        self.q = layers.linear(c.d_model, c.n_heads * c.head_dim)
+        self.k = layers.linear(c.d_model, c.n_kv_heads * c.head_dim)
+        self.v = layers.linear(c.d_model, c.n_kv_heads * c.head_dim)
+        self.o = layers.linear(c.n_heads * c.head_dim, c.d_model)
+        self.attend = Attend()
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, scale: Tensor) -> Tensor:
+        """Attends causally; `scale` is the whole softmax scale."""
+        q, k, v = (
+            proj(x).unflatten(-1, (-1, self.head_dim)).transpose(-3, -2)
+            for proj in (self.q, self.k, self.v)
+        )
+        q = rotate(q, cos, sin) * scale
+        mixed = self.attend(q, rotate(k, cos, sin), v)
+        out: Tensor = self.o(mixed.transpose(-3, -2).flatten(-2))
+        return out
+
+
+class MLP(nn.Module):
+    """SwiGLU (2002.05202). Shapes: (..., d_model) -> (..., d_model)."""
+
+    def __init__(self, config: DecoderConfig, layers: LayerSet) -> None:
+        super().__init__()
+        self.gate = layers.linear(config.d_model, config.d_ff)
+        self.up = layers.linear(config.d_model, config.d_ff)
+        self.down = layers.linear(config.d_ff, config.d_model)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """down(silu(gate x) * up x)."""
+        out: Tensor = self.down(F.silu(self.gate(x)) * self.up(x))
+        return out
+
+
+class Block(nn.Module):
+    """x + residual * attention(norm(x)), then the same with the MLP."""
+
+    def __init__(self, config: DecoderConfig, layers: LayerSet) -> None:
+        super().__init__()
+        self.attention_norm = layers.norm(config.d_model, config.norm_eps)
+        self.attention = Attention(config, layers)
+        self.mlp_norm = layers.norm(config.d_model, config.norm_eps)
+        self.mlp = MLP(config, layers)
+
+    def forward(
+        self, x: Tensor, cos: Tensor, sin: Tensor, residual: Tensor, scale: Tensor
+    ) -> Tensor:
+        """Shapes: (..., batch, seq, d_model) -> the same."""
+        x = x + residual * self.attention(self.attention_norm(x), cos, sin, scale)
+        out: Tensor = x + residual * self.mlp(self.mlp_norm(x))
+        return out
+
+
+class Decoder(nn.Module):
+    """A decoder-only language model.
+
+    The multipliers are 0-dim tensors, so that one compiled program serves every trial of a
+    sweep; `mutransfer.table.initialize` sets them together with the weights.
+
+    Args:
+        config: Its shape.
+        layers: Where its layers come from; plain torch by default.
+    """
+
+    def __init__(self, config: DecoderConfig, layers: LayerSet | None = None) -> None:
+        super().__init__()
+        layers = layers or Plain()
+        self.config = config
+        self.embedding = layers.embedding(config.vocab_size, config.d_model)
+        self.layers = nn.ModuleList(Block(config, layers) for _ in range(config.n_layers))
+        self.norm = layers.norm(config.d_model, config.norm_eps)
+        if not config.tied:
+            self.head = layers.linear(config.d_model, config.vocab_size)
+        for name in Multipliers.model_fields:
+            self.register_buffer(f"{name}_multiplier", torch.ones(()), persistent=False)
+
+    @torch.no_grad()
+    def set_multipliers(self, multipliers: Multipliers) -> None:
+        """Takes the table's effective multipliers."""
+        for name, value in multipliers:
+            self.get_buffer(f"{name}_multiplier").fill_(value)
+
+    def hidden(self, tokens: Tensor) -> Tensor:
+        """The state that the head reads, multiplier included.
+
+        Shapes: tokens (..., batch, seq) -> (..., batch, seq, d_model).
+        """
+        residual, scale = self.residual_multiplier, self.attention_multiplier
+        x = self.embedding(tokens) * self.embedding_multiplier
+        cos, sin = self._rope(tokens.shape[-1], x)
+        for block in self.layers:
+            x = block(x, cos, sin, residual, scale)
+        state: Tensor = self.norm(x) * self.output_multiplier
+        return state
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Logits. Shapes: tokens (..., batch, seq) -> (..., batch, seq, vocab_size)."""
+        state = self.hidden(tokens)
+        if self.config.tied:
+            return F.linear(state, self.embedding.weight)  # type: ignore[arg-type]
+        logits: Tensor = self.head(state)
+        return logits
+
+    def loss(self, tokens: Tensor) -> Tensor:
+        """Mean next-token cross-entropy in nats.
+
+        Shapes: tokens (..., batch, seq + 1) -> scalar.
+        """
+        logits = self(tokens[..., :-1])
+        return F.cross_entropy(logits.flatten(0, -2).float(), tokens[..., 1:].flatten())
+
+    def _rope(self, seq_len: int, like: Tensor) -> tuple[Tensor, Tensor]:
+        """cos and sin of every position and frequency: (seq, head_dim / 2), computed in fp32."""
+        c = self.config
+        if seq_len > c.max_seq_len:
+            raise UserError("sequence is longer than the model's positions", where="seq_len",
+                            got=seq_len, expected=f"at most {c.max_seq_len}")  # fmt: skip
+        exponent = torch.arange(0, c.head_dim, 2, device=like.device).float() / c.head_dim
+        angle = torch.outer(
+            torch.arange(seq_len, device=like.device).float(), c.rope_base**-exponent
+        )
+        return angle.cos().to(like.dtype), angle.sin().to(like.dtype)
+
+
+def meta_decoder(config: DecoderConfig) -> Decoder:
+    """The decoder without memory: shapes only, on the meta device."""
+    with torch.device("meta"):
+        return Decoder(config)

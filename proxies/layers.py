@@ -1,0 +1,72 @@
+"""Layer sets: where the one decoder takes its layers from.
+
+A layer set decides how a matrix product, an embedding and a norm are computed (plain
+torch here; FP8 and stacked populations are further sets); the decoder decides what is
+connected to what, once.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class LayerSet(Protocol):
+    """Makes the parametrized layers of a decoder; all weights are (fan_out, fan_in)."""
+
+    def linear(self, fan_in: int, fan_out: int) -> nn.Module:
+        """A bias-free map (..., fan_in) -> (..., fan_out) with a parameter `weight`."""
+        ...
+
+    def embedding(self, vocab_size: int, d_model: int) -> nn.Module:
+        """A table (vocab_size, d_model), as the parameter `weight`."""
+        ...
+
+    def norm(self, d_model: int, eps: float) -> nn.Module:
+        """An RMSNorm over the last dimension with a gain `weight` (d_model,)."""
+        ...
+
+
+class Linear(nn.Linear):
+    """A bias-free linear layer whose initial values come from the table alone."""
+
+    def __init__(self, fan_in: int, fan_out: int) -> None:
+        super().__init__(fan_in, fan_out, bias=False)
+
+    def reset_parameters(self) -> None:
+        """Nothing: `mutransfer.table.initialize` draws the values."""
+
+
+class RMSNorm(nn.Module):
+    """x * gain / sqrt(mean(x^2) + eps) (1910.07467), in the gain's precision.
+
+    Shapes: (..., d_model) -> (..., d_model).
+    """
+
+    def __init__(self, d_model: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(d_model))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalizes the last dimension."""
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+
+
+class Plain:
+    """Plain torch layers in the precision of their parameters."""
+
+    def linear(self, fan_in: int, fan_out: int) -> nn.Module:
+        """See `LayerSet.linear`."""
+        return Linear(fan_in, fan_out)
+
+    def embedding(self, vocab_size: int, d_model: int) -> nn.Module:
+        """See `LayerSet.embedding`."""
+        return nn.Embedding(vocab_size, d_model)
+
+    def norm(self, d_model: int, eps: float) -> nn.Module:
+        """See `LayerSet.norm`."""
+        return RMSNorm(d_model, eps)
