@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -56,7 +57,7 @@ def write_json(path: Path | str, value: object) -> None:
 
 
 def read_json(path: Path | str, *, max_bytes: int = 64 * 2**20) -> object:
-    """Reads strict JSON: no NaN or infinity literals, no duplicate keys, bounded size.
+    """Reads strict JSON: no NaN or infinity, no duplicate keys, bounded size.
 
     Raises:
         UserError: The file is missing, too large, not UTF-8 or not strict JSON.
@@ -72,6 +73,7 @@ def read_json(path: Path | str, *, max_bytes: int = 64 * 2**20) -> object:
         return json.loads(
             path.read_text(encoding="utf-8"),
             parse_constant=_refuse_constant,
+            parse_float=_finite,
             object_pairs_hook=_unique_keys,
         )
     except UserError:
@@ -82,6 +84,12 @@ def read_json(path: Path | str, *, max_bytes: int = 64 * 2**20) -> object:
 
 def _refuse_constant(literal: str) -> object:
     raise ValueError(f"{literal} is not JSON")
+
+
+def _finite(literal: str) -> float:
+    if math.isinf(value := float(literal)):
+        raise ValueError(f"{literal} is too large for a number")
+    return value
 
 
 def _unique_keys(pairs: list[tuple[str, object]]) -> dict[str, object]:

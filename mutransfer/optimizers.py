@@ -19,6 +19,9 @@ from mutransfer.table import Table, param_groups
 Matrix = Literal["adamw", "muon"]
 Momentum = Literal["seed", "fresh"]
 
+_ADAMW_STATE = ("exp_avg", "exp_avg_sq", "step")
+_MUON_STATE = ("momentum_buffer",)
+
 
 class Optimizers:
     """The optimizer of the hidden matrices beside the AdamW of everything else.
@@ -72,6 +75,8 @@ class Optimizers:
     def hand_over(self, momentum: Momentum = "seed") -> None:
         """Moves the hidden matrices from AdamW to Muon; everything else stays as it is.
 
+        The new groups stand at their peak learning rates until the next `set_lr`.
+
         Args:
             momentum: `seed` starts Muon's momentum from AdamW's first moment, which is an
                 average of gradients of the same form (Newton-Schulz ignores its scale);
@@ -85,13 +90,18 @@ class Optimizers:
                             cure="The hand-over happens once, at its declared step.")  # fmt: skip
         first = {p: state["exp_avg"] for p, state in self.matrix.state.items() if state}
         self.matrix = self._muon()
-        if momentum == "seed":
-            for parameter, moment in first.items():
-                self.matrix.state[parameter]["momentum_buffer"] = moment
+        for group in self.matrix.param_groups:
+            for p in group["params"]:
+                seeded = momentum == "seed" and p in first
+                buffer = first[p] if seeded else torch.zeros_like(p)
+                self.matrix.state[p]["momentum_buffer"] = buffer
 
     def state_tensors(self) -> dict[str, Tensor]:
-        """The whole state as tensors, by `<fully qualified name>/<state>`."""
-        names = {p: fqn for fqn, p in self._model.named_parameters()}
+        """The whole state, by `<fully qualified name>/<state>`: the live tensors, not copies.
+
+        There is none before the first step.
+        """
+        names: dict[Tensor, str] = {p: fqn for fqn, p in self._model.named_parameters()}
         return {
             f"{names[p]}/{key}": value
             for optimizer in (self.aux, self.matrix)
@@ -101,16 +111,15 @@ class Optimizers:
 
     @torch.no_grad()
     def load_state_tensors(self, tensors: dict[str, Tensor]) -> None:
-        """Restores what `state_tensors` returned, for the same kind of optimizer.
+        """Copies what `state_tensors` returned into the same kind of optimizer.
 
         Raises:
             UserError: A state is missing, of another optimizer, or of another shape.
         """
-        wanted = {self.aux: ("exp_avg", "exp_avg_sq", "step")}
-        wanted[self.matrix] = ("momentum_buffer",) if self.kind == "muon" else wanted[self.aux]  # type: ignore[index]
-        names = {p: fqn for fqn, p in self._model.named_parameters()}
+        names: dict[Tensor, str] = {p: fqn for fqn, p in self._model.named_parameters()}
         left = set(tensors)
-        for optimizer, keys in wanted.items():
+        for optimizer in (self.aux, self.matrix):
+            keys = _MUON_STATE if isinstance(optimizer, Muon) else _ADAMW_STATE
             for group in optimizer.param_groups:
                 for p in group["params"]:
                     for key in keys:
@@ -118,13 +127,12 @@ class Optimizers:
                         if name not in tensors:
                             raise UserError("optimizer state is missing", where=name,
                                             cure="It was saved by another optimizer.")  # fmt: skip
-                        value = tensors[name]
-                        if key != "step" and value.shape != p.shape:
+                        value, shape = tensors[name], () if key == "step" else tuple(p.shape)
+                        if value.shape != shape:
                             raise UserError("optimizer state has another shape", where=name,
-                                            got=tuple(value.shape), expected=tuple(p.shape))  # fmt: skip
-                        optimizer.state[p][key] = value.to(
-                            device=p.device, dtype=torch.float32 if key == "step" else p.dtype
-                        )
+                                            got=tuple(value.shape), expected=shape)  # fmt: skip
+                        dtype = torch.float32 if key == "step" else p.dtype
+                        optimizer.state[p][key] = value.to(p.device, dtype, copy=True)
                         left.discard(name)
         if left:
             raise UserError("optimizer state belongs to another optimizer", got=sorted(left)[0])

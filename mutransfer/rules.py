@@ -169,7 +169,6 @@ PARAMETRIZATIONS: dict[str, Parametrization] = {
             depth_lr=False,
             eps_width="none",
             eps_depth="none",
-            independent_decay=False,
             attention="sqrt",
             residual="sqrt_depth",
             logits="none",
@@ -217,7 +216,11 @@ class Ratios:
 def init_std(
     p: Parametrization, role: Role, x: Ratios, base: BaseParams, fan_in: int | None = None
 ) -> float:
-    """Init std; 0 for gains and biases, which start at one and zero (TP-V Table 8, row 1)."""
+    """Init std; 0 for gains and biases, which start at one and zero (TP-V Table 8, row 1).
+
+    Raises:
+        ValueError: The rule needs a `fan_in` and got none.
+    """
     if role in ("embedding", "head"):
         return base.init_std
     if role not in MATRIX_ROLES:
@@ -237,35 +240,35 @@ def adamw_lr(p: Parametrization, role: Role, x: Ratios, base: BaseParams) -> flo
     if role in ("embedding", "head"):
         return base.lr * base.embedding_lr_ratio
     exponent = p.hidden_lr if role in MATRIX_ROLES else p.gain_lr
-    depth = x.depth ** (p.alpha - 1) if p.depth_lr and role in BLOCK_ROLES else 1.0
-    return base.lr * depth / x.width**exponent
+    depth = math.pow(x.depth, p.alpha - 1) if p.depth_lr and role in BLOCK_ROLES else 1.0
+    return base.lr * depth / math.pow(x.width, exponent)
 
 
 def adamw_eps(p: Parametrization, role: Role, x: Ratios, base: BaseParams) -> float:
     """Adam's epsilon, in step with the gradient (TP-V App. B.3; 2603.00541 Table 6)."""
     wide = p.eps_width == "all" or (p.eps_width == "hidden" and role in MATRIX_ROLES)
     deep = p.eps_depth == "all" or (p.eps_depth == "block" and role in BLOCK_ROLES)
-    return base.eps / (x.width if wide else 1.0) / (x.depth**p.alpha if deep else 1.0)
+    return base.eps / (x.width if wide else 1.0) / (math.pow(x.depth, p.alpha) if deep else 1.0)
 
 
 def adamw_decay(p: Parametrization, role: Role, x: Ratios, base: BaseParams) -> float:
     """Coupled weight decay; l*m on hidden matrices keeps lr*wd constant in width."""
     if role in MATRIX_ROLES:
-        return base.weight_decay * (x.width**p.hidden_lr if p.independent_decay else 1.0)
+        return base.weight_decay * (math.pow(x.width, p.hidden_lr) if p.independent_decay else 1.0)
     decays = p.decay_embedding if role in ("embedding", "head") else p.decay_gains
     return base.weight_decay if decays else 0.0
 
 
 def muon_lr(p: Parametrization, x: Ratios, base: BaseParams) -> float:
     """Muon's peak learning rate for a hidden matrix (2603.00541 Table 3: rho*n/sqrt(m))."""
-    return base.muon_factor * base.lr / x.width**p.muon_lr
+    return base.muon_factor * base.lr / math.pow(x.width, p.muon_lr)
 
 
 def muon_decay(p: Parametrization, x: Ratios, base: BaseParams) -> float:
     """Muon's weight decay: lr*wd equals AdamW's n*l across the hand-over and over widths."""
     if not p.independent_decay:
         return base.weight_decay
-    return base.weight_decay * x.width**p.muon_lr / base.muon_factor
+    return base.weight_decay * math.pow(x.width, p.muon_lr) / base.muon_factor
 
 
 def muon_scale(p: Parametrization, fan_out: int, fan_in: int) -> float:
@@ -278,9 +281,9 @@ def muon_scale(p: Parametrization, fan_out: int, fan_in: int) -> float:
 def residual_multiplier(p: Parametrization, x: Ratios, base: BaseParams) -> float:
     """Factor on every residual branch (CompleteP eq. 3; MiniCPM App. A.1: a/sqrt(L))."""
     rule = {
-        "relative": x.depth**-p.alpha / math.sqrt(x.base_layers),
+        "relative": math.pow(x.depth, -p.alpha) / math.sqrt(x.base_layers),
         "sqrt_depth": 1 / math.sqrt(x.n_layers),
-        "ratio": x.depth**-p.alpha,
+        "ratio": math.pow(x.depth, -p.alpha),
         "none": 1.0,
     }[p.residual]
     return base.residual_multiplier * rule
@@ -296,9 +299,7 @@ def output_multiplier(p: Parametrization, width: float, base: BaseParams) -> flo
     return a / width
 
 
-def softmax_scale(
-    p: Parametrization, head_dim: int, base_head_dim: int, base: BaseParams
-) -> float:
+def softmax_scale(p: Parametrization, head_dim: int, base_head_dim: int, base: BaseParams) -> float:
     """Factor on q.k before the softmax (TP-V Definition 4.1: 1/head_dim, fixed at the base)."""
     rule = {
         "base": math.sqrt(base_head_dim) / head_dim,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from mutransfer.errors import UserError
 
@@ -30,7 +30,7 @@ def coefficient(shape: Shape, x: float) -> float:
         case "cosine":
             return 0.5 * (1 + math.cos(math.pi * x))
         case "wsd_exponential":
-            return 2 * 0.5**x - 1
+            return 2 * math.pow(0.5, x) - 1
         case "one_minus_sqrt":
             return 1 - math.sqrt(x)
 
@@ -49,6 +49,9 @@ class WSD:
         decay: Fraction of the steps, at the end, that fall to `final`.
         final: Last learning rate over the peak.
         shape: Shape of the decay.
+
+    Raises:
+        UserError: A fraction is outside [0, 1], or warmup and decay overlap.
     """
 
     warmup: float = 0.1
@@ -56,12 +59,28 @@ class WSD:
     final: float = 0.0
     shape: Shape = "wsd_exponential"
 
+    def __post_init__(self) -> None:
+        for name in ("warmup", "decay", "final"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise UserError("not a fraction", where=name, got=getattr(self, name),
+                                expected="0 … 1")  # fmt: skip
+        if self.warmup + self.decay > 1:
+            raise UserError("warmup and decay overlap", got=f"{self.warmup} + {self.decay}",
+                            expected="a sum of at most 1")  # fmt: skip
+        if self.shape not in get_args(Shape):
+            raise UserError("unknown shape", where="shape", got=self.shape,
+                            expected=f"one of {', '.join(get_args(Shape))}")  # fmt: skip
+
     def decay_start(self, steps: int) -> int:
         """The first step of the decay in a run of `steps`."""
         return steps - round(self.decay * steps)
 
     def factor(self, step: int, steps: int) -> float:
-        """Fraction of the peak at `step` (0-based) of `steps`; the last step has `final`."""
+        """Fraction of the peak at `step` (0-based) of `steps`; the last step has `final`.
+
+        Raises:
+            UserError: `step` is not one of the run's.
+        """
         if not 0 <= step < steps:
             raise UserError("step is outside the run", got=step, expected=f"0 … {steps - 1}")
         warmup, start = round(self.warmup * steps), self.decay_start(steps)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
@@ -133,13 +133,14 @@ class Geometry:
     Attributes:
         base_width_mult: Width of the base *model* over the base width: with a proxy of
             d_model 192 and base_width 256 this is 0.75, and the proxy has m = 0.75.
-        base_width: Width at which m = 1; read only by the standard parametrization's init.
+        base_width: Width at which m = 1, read only by the standard parametrization's init;
+            `None` reads it off the base model's embedding or head.
         n_layers, base_n_layers: Depth of the model and of the base.
         head_dim, base_head_dim: Size of an attention head; 1 for models without attention.
     """
 
     base_width_mult: float = 1.0
-    base_width: float = 1.0
+    base_width: float | None = None
     n_layers: int = 1
     base_n_layers: int = 1
     head_dim: int = 1
@@ -193,22 +194,25 @@ def parametrize(
         role: (name, shape) -> role, for a model of your own.
 
     Raises:
-        UserError: Names differ, a parameter has no role, or the model has neither an
-            embedding nor a head.
+        UserError: Names differ, a parameter has no role or one that its shape contradicts,
+            or the model has neither an embedding nor a head.
     """
     p = (
         parametrization
         if isinstance(parametrization, Parametrization)
         else rules.get_parametrization(parametrization)
     )
-    geometry = geometry or Geometry(base_width=_base_width(base, role))
+    geometry = geometry or Geometry()
     depth = geometry.n_layers / geometry.base_n_layers
+    base_width = geometry.base_width
+    if base_width is None:
+        base_width = _base_width(base, role) / geometry.base_width_mult
     ratios = {
         fqn: Ratios(
             width=ratio * geometry.base_width_mult,
             depth=depth,
             n_layers=geometry.n_layers,
-            base_width=geometry.base_width,
+            base_width=base_width,
         )
         for fqn, ratio in width_ratios(model, base).items()
     }
@@ -217,24 +221,44 @@ def parametrize(
     if not ends:
         raise UserError("model has no parameter with the role embedding or head",
                         cure="The output multiplier's width comes from there.")  # fmt: skip
-    multipliers = Multipliers(
-        embedding=params.embedding_multiplier,
-        output=rules.output_multiplier(p, ends[-1].width, params),
-        residual=rules.residual_multiplier(p, ends[-1], params),
-        attention=rules.softmax_scale(p, geometry.head_dim, geometry.base_head_dim, params),
-    )
-    rows: dict[str, Row] = {}
-    for fqn, parameter in model.named_parameters():
-        row = _row(fqn, tuple(parameter.shape), roles[fqn], ratios[fqn], p, params, multipliers)
-        if rows.setdefault(row.pattern, row) != row:
-            raise UserError("parameters of one pattern differ", where=fqn,
-                            expected="one shape and role per pattern")  # fmt: skip
+    multipliers = make_multipliers(ends[-1], p, params, geometry.head_dim, geometry.base_head_dim)
+    _check_fan_in(model, base, roles)
+    rows = {
+        fqn: make_row(fqn, tuple(t.shape), roles[fqn], ratios[fqn], p, params, multipliers)
+        for fqn, t in model.named_parameters()
+    }
     return Table(
         parametrization=p.name,
         version=p.version,
         multipliers=multipliers,
-        rows=tuple(rows.values()),
+        rows=_by_pattern(rows),
     )
+
+
+def _by_pattern(rows: Mapping[str, Row]) -> tuple[Row, ...]:
+    """One row per pattern; where its rows differ (`nn.Sequential`), one row per name."""
+    grouped: dict[str, list[Row]] = {}
+    for fqn, row in rows.items():
+        grouped.setdefault(pattern_of(fqn), []).append(row)
+    merged: list[Row] = []
+    for pattern, named in grouped.items():
+        starred = [row.model_copy(update={"pattern": pattern}) for row in named]
+        merged += starred[:1] if all(row == starred[0] for row in starred) else named
+    return tuple(merged)
+
+
+def _check_fan_in(model: nn.Module, base: nn.Module, roles: Mapping[str, Role]) -> None:
+    """Refuses hidden matrices that grow in fan-out alone: their rules would read that ratio."""
+    base_shapes = {fqn: tuple(t.shape) for fqn, t in base.named_parameters()}
+    for fqn, parameter in model.named_parameters():
+        shape, base_shape = tuple(parameter.shape), base_shapes[fqn]
+        if roles[fqn] in MATRIX_ROLES and shape[-1] == base_shape[-1] and shape != base_shape:
+            raise UserError(
+                f"a matrix with the role {roles[fqn]} must grow in fan-in",
+                where=fqn,
+                got=f"{shape}, base {base_shape}",
+                cure="A layer that reads an input of fixed size has the role embedding.",
+            )
 
 
 def _base_width(base: nn.Module, role: RoleFunction) -> float:
@@ -247,8 +271,20 @@ def _base_width(base: nn.Module, role: RoleFunction) -> float:
     return float(widths[-1]) if widths else 1.0
 
 
-def _row(
-    fqn: str,
+def make_multipliers(
+    x: Ratios, p: Parametrization, params: BaseParams, head_dim: int, base_head_dim: int
+) -> Multipliers:
+    """The forward multipliers; `x` is where the head (or the tied embedding) stands."""
+    return Multipliers(
+        embedding=params.embedding_multiplier,
+        output=rules.output_multiplier(p, x.width, params),
+        residual=rules.residual_multiplier(p, x, params),
+        attention=rules.softmax_scale(p, head_dim, base_head_dim, params),
+    )
+
+
+def make_row(
+    pattern: str,
     shape: tuple[int, ...],
     role: Role,
     x: Ratios,
@@ -256,8 +292,13 @@ def _row(
     params: BaseParams,
     multipliers: Multipliers,
 ) -> Row:
+    """The row of one parameter, or of one pattern: a pure function of its arguments.
+
+    Raises:
+        UserError: The role is a matrix's and the shape is not.
+    """
     if role not in ("gain", "final_gain", "bias") and len(shape) != 2:
-        raise UserError("a matrix role needs two dimensions", where=fqn, got=shape)
+        raise UserError("a matrix role needs two dimensions", where=pattern, got=shape)
     fan_in = shape[-1]
     lr = rules.adamw_lr(p, role, x, params)
     decay = rules.adamw_decay(p, role, x, params)
@@ -274,7 +315,7 @@ def _row(
     forward = {"embedding": multipliers.embedding, "head": multipliers.output,
                "hidden_out": multipliers.residual}  # fmt: skip
     return Row(
-        pattern=pattern_of(fqn),
+        pattern=pattern,
         role=role,
         shape=shape,
         width_ratio=x.width,
@@ -300,22 +341,12 @@ def initialize(model: nn.Module, table: Table, *, seed: int) -> None:
 
     Each parameter has a generator of its own, seeded by (seed, name): the values do not
     depend on the order of the parameters, on the device or on what else is drawn. Gains
-    become one, biases zero. The model must have `set_multipliers(Multipliers)`.
+    become one, biases zero. A model with multipliers must have `set_multipliers(Multipliers)`.
 
     Raises:
         UserError: Model and table do not match, or multipliers other than one would be lost.
     """
     rows = table.resolve(model)
-    for fqn, parameter in model.named_parameters():
-        row = rows[fqn]
-        if row.role in ("gain", "final_gain"):
-            parameter.fill_(1.0)
-        elif row.role == "bias":
-            parameter.zero_()
-        else:
-            digest = hashlib.sha256(f"{seed}:{fqn}".encode()).digest()
-            generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) * row.init_std)
     set_multipliers = getattr(model, "set_multipliers", None)
     if set_multipliers is not None:
         set_multipliers(table.multipliers)
@@ -326,6 +357,16 @@ def initialize(model: nn.Module, table: Table, *, seed: int) -> None:
             got=table.multipliers,
             cure="Give the model a method set_multipliers(Multipliers) and use them in forward.",
         )
+    for fqn, parameter in model.named_parameters():
+        row = rows[fqn]
+        if row.role in ("gain", "final_gain"):
+            parameter.fill_(1.0)
+        elif row.role == "bias":
+            parameter.zero_()
+        else:
+            digest = hashlib.sha256(f"{seed}:{fqn}".encode()).digest()
+            generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * row.init_std)
 
 
 GroupKind = Literal["adamw", "muon", "adamw_aux"]
@@ -345,8 +386,11 @@ def param_groups(model: nn.Module, table: Table, optimizer: GroupKind) -> list[d
         `param_names`), the optimizer's settings, and `peak_lr` for schedules to multiply.
 
     Raises:
-        UserError: Model and table do not match.
+        UserError: Model and table do not match, or `optimizer` is none of the three.
     """
+    if optimizer not in get_args(GroupKind):
+        raise UserError("unknown kind of parameter groups", got=optimizer,
+                        expected=f"one of {', '.join(get_args(GroupKind))}")  # fmt: skip
     grouped: dict[tuple[Any, ...], dict[str, Any]] = {}
     rows = table.resolve(model)
     for fqn, parameter in model.named_parameters():

@@ -20,7 +20,7 @@ from proxies.layers import LayerSet, Plain
 class DecoderConfig(BaseModel):
     """The shape of a decoder; nothing in it is a hyperparameter to tune."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     d_model: int = Field(ge=1, le=2**20, description="width of the residual stream")
     n_layers: int = Field(ge=1, le=4096, description="number of blocks")
@@ -68,7 +68,8 @@ class DecoderConfig(BaseModel):
         """The same model at another width (and depth): equal head_dim and ratios.
 
         Raises:
-            UserError: Heads, KV heads or d_ff would not be whole at this width.
+            UserError: Heads, KV heads or d_ff would not be whole at this width, or there is
+                no layer left.
         """
         step = self.width_step
         if d_model < 1 or d_model % step:
@@ -80,6 +81,9 @@ class DecoderConfig(BaseModel):
                 expected=f"one of {some}",
                 cure="Heads, KV heads and d_ff must stay in proportion.",
             )
+        if n_layers is not None and n_layers < 1:
+            raise UserError("a model needs layers", where="n_layers", got=n_layers,
+                            expected="at least 1")  # fmt: skip
         ratio = d_model // step
         share = self.d_model // step
         return self.model_copy(
@@ -221,7 +225,11 @@ class Decoder(nn.Module):
         return state
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Logits. Shapes: tokens (..., batch, seq) -> (..., batch, seq, vocab_size)."""
+        """Logits. Shapes: tokens (..., batch, seq) -> (..., batch, seq, vocab_size).
+
+        Raises:
+            UserError: The sequence is longer than `max_seq_len`.
+        """
         state = self.hidden(tokens)
         if self.config.tied:
             return F.linear(state, self.embedding.weight)  # type: ignore[arg-type]

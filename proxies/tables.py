@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from mutransfer.rules import DEFAULT, BaseParams
+from mutransfer.errors import UserError
+from mutransfer.rules import DEFAULT, BaseParams, Parametrization
 from mutransfer.table import Geometry, Table, parametrize
 from proxies.decoder import DecoderConfig, meta_decoder
 
@@ -11,7 +12,7 @@ def decoder_table(
     config: DecoderConfig,
     base: DecoderConfig,
     params: BaseParams,
-    parametrization: str = DEFAULT,
+    parametrization: str | Parametrization = DEFAULT,
     *,
     base_width: int | None = None,
 ) -> Table:
@@ -21,13 +22,30 @@ def decoder_table(
         config: The model to train.
         base: The proxy: its width, depth and head size are what ratios refer to.
         params: The base hyperparameters.
-        parametrization: Name of the rules.
+        parametrization: Name of the rules, or a record of rules of your own.
         base_width: Width at which m = 1; the proxy's d_model by default.
 
     Raises:
-        UserError: The rules do not know the name, or the models differ in more than size.
+        UserError: The rules do not know the name, the models differ in more than width,
+            depth and positions, or `base_width` is not positive.
     """
-    base_width = base_width or base.d_model
+    if base_width is None:
+        base_width = base.d_model
+    if base_width < 1:
+        raise UserError("not a width", where="base_width", got=base_width, expected="at least 1")
+    expected = config.narrow(base.d_model, base.n_layers)
+    if odd := [
+        name
+        for name in DecoderConfig.model_fields
+        if name != "max_seq_len" and getattr(base, name) != getattr(expected, name)
+    ]:
+        raise UserError(
+            "the base is not this model narrowed",
+            where=", ".join(odd),
+            got=[getattr(base, name) for name in odd],
+            expected=[getattr(expected, name) for name in odd],
+            cure="Derive the proxy from its target with narrow(d_model, n_layers).",
+        )
     same_depth = base.model_copy(update={"n_layers": config.n_layers})
     return parametrize(
         meta_decoder(config),

@@ -1,0 +1,1 @@
+"""The long run at full size, fed by a bundle and a recipe of phases."""

@@ -1,0 +1,159 @@
+"""The loop over a recipe's steps: what is logged, evaluated and saved, and when."""
+
+from __future__ import annotations
+
+import math
+import time
+from pathlib import Path
+
+from full_scale import checkpoint
+from full_scale.checkpoint import Identity
+from full_scale.metrics import Metrics
+from full_scale.progress import Display
+from full_scale.stopping import Request
+from full_scale.trainer import Step, Trainer
+from mutransfer.errors import UserError
+from mutransfer.roles import MATRIX_ROLES
+
+
+class Loop:
+    """Runs a trainer to the end of its recipe, or to a request to stop.
+
+    Within a step the order is: update, metrics, held-out loss, checkpoint. A checkpoint so
+    follows all that was recorded up to it, and nothing is there twice when it is taken up.
+
+    Args:
+        trainer: Where the run stands.
+        identity: What its checkpoints belong to.
+        folder: Of the run; checkpoints go to `checkpoints/` in it.
+        metrics: The record.
+        display: What the user sees.
+        request: Whether to stop between two steps.
+    """
+
+    def __init__(
+        self,
+        *,
+        trainer: Trainer,
+        identity: Identity,
+        folder: Path,
+        metrics: Metrics,
+        display: Display,
+        request: Request,
+    ) -> None:
+        self.trainer, self.identity = trainer, identity
+        self.checkpoints = folder / "checkpoints"
+        self.metrics, self.display, self.request = metrics, display, request
+        self._seconds, self._tokens = 0.0, 0
+
+    def run(self) -> bool:
+        """Whether the run reached its end; if not, it was saved where it stopped.
+
+        Raises:
+            UserError: Too many steps in a row were not finite.
+        """
+        trainer, recipe = self.trainer, self.trainer.recipe
+        while trainer.step < recipe.steps:
+            phase, index = recipe.at(trainer.step)
+            number = trainer.step + 1
+            ends = index + 1 == phase.steps
+            log = number % recipe.log_every == 0 or index == 0 or ends
+            before = trainer.update_rms
+            started = time.perf_counter()
+            step = trainer.train_step(measure=log)
+            self._seconds += time.perf_counter() - started
+            self._tokens += phase.batch_tokens
+            if step.handed_over:
+                self._log_hand_over(before, step)
+            if step.skipped:
+                self._log_skipped(step)
+            elif log:
+                self._log(step, phase.name, phase.factor(index))
+            if ends or _due(number, recipe.evaluate_every):
+                self._evaluate(phase.name)
+            last = number == recipe.steps
+            if last or self.request.by or _due(number, recipe.checkpoint_every):
+                self._save()
+            if self.request.by and not last:
+                return False
+        return True
+
+    def _save(self) -> None:
+        self.metrics.sync()
+        checkpoint.save(self.checkpoints, self.trainer.snapshot(self.identity))
+        checkpoint.prune(self.checkpoints, self.trainer.recipe.keep_last)
+
+    def _evaluate(self, phase: str) -> None:
+        loss = self.trainer.evaluate()
+        if not math.isfinite(loss):
+            raise UserError(
+                "the held-out loss is not finite",
+                where=f"step {self.trainer.step}",
+                got=loss,
+                cure="The run diverged: check data and learning rate; the last checkpoint is kept.",
+            )
+        self._record("heldout", phase=phase, loss=loss)
+        self.display.say(f"{phase} · step {self.trainer.step} · held-out loss {loss:.4f}")
+
+    def _log(self, step: Step, phase: str, factor: float) -> None:
+        speed = self._tokens / self._seconds
+        self._seconds, self._tokens = 0.0, 0
+        self._record(
+            "train",
+            phase=phase,
+            loss=step.loss,
+            grad_norm=step.grad_norm,
+            lr_factor=factor,
+            lr=self.trainer.learning_rates(),
+            update_rms=step.update_rms,
+            tokens_per_s=speed,
+            skipped=self.trainer.skipped,
+        )
+        self.display.update(
+            step=self.trainer.step, tokens=self.trainer.tokens, phase=phase, loss=step.loss,
+            tokens_per_s=speed,
+        )  # fmt: skip
+
+    def _log_hand_over(self, before: dict[str, float], step: Step) -> None:
+        after = step.update_rms or {}
+        changes = {
+            role: {"adamw": before.get(role), "muon": after.get(role)}
+            for role in sorted(MATRIX_ROLES)
+        }
+        self._record("hand_over", update_rms=changes)
+        shown = ", ".join(
+            f"{role} {_number(rms['adamw'])} → {_number(rms['muon'])}"
+            for role, rms in changes.items()
+        )
+        self.display.say(
+            f"hand-over at step {self.trainer.step}: hidden matrices from AdamW to Muon; "
+            f"update RMS {shown}"
+        )
+
+    def _log_skipped(self, step: Step) -> None:
+        trainer, limit = self.trainer, self.trainer.recipe.max_skipped
+        what = f"loss {step.loss}, gradient norm {step.grad_norm}"
+        self._record("skipped", reason=what, skipped=trainer.skipped)
+        self.display.say(
+            f"step {trainer.step} skipped: {what} "
+            f"({trainer.skipped_in_a_row} in a row, {trainer.skipped} in all)"
+        )
+        if trainer.skipped_in_a_row >= limit:
+            raise UserError(
+                "loss or gradient was not finite in too many steps in a row",
+                where=f"step {trainer.step}",
+                got=f"{trainer.skipped_in_a_row} steps, the last with {what}",
+                expected=f"fewer than max_skipped = {limit}",
+                cure="The run diverged: check data and learning rate; the last checkpoint is kept.",
+            )
+
+    def _record(self, kind: str, **values: object) -> None:
+        self.metrics.write(kind, step=self.trainer.step, tokens=self.trainer.tokens, **values)
+
+
+def _due(number: int, every: int | None) -> bool:
+    return every is not None and number % every == 0
+
+
+def _number(value: float | None) -> str:
+    return "(not measured)" if value is None else f"{value:.3g}"

@@ -1,0 +1,236 @@
+"""What a correct width parametrization looks like: the slope that each quantity should have.
+
+The expectations are μP's desiderata for the optimizer in use, not what the parametrization
+under test claims. Slopes are exponents s of value ~ width^s. Sources: Tensor Programs V
+(2203.03466) Table 14 and App. J.2 (initial values and changes stay constant in width);
+2310.17813 (weights and updates have constant RMS-operator norm).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from mutransfer.roles import MATRIX_ROLES, Role
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tolerance:
+    """How far a slope may be off, on one side, before it is a warning and a failure."""
+
+    warn: float
+    fail: float
+
+    def times(self, factor: float) -> Tolerance:
+        """The same, `factor` times as wide."""
+        return Tolerance(warn=self.warn * factor, fail=self.fail * factor)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Thresholds:
+    """Every tolerance of the verdict, in units of slope.
+
+    Attributes:
+        init: Activations, residual stream and attention logits at t = 0.
+        change: Their change after the steps, and that of the logits, upwards.
+        product: Factor on `change` for attention logits, branch outputs (o, down) and the
+            residual stream that sums them: each is a product of two changed factors (q and
+            k, attention weights and values, gate and up), so the same error counts twice.
+        logits_change_below: Change of the logits, downwards. Wide, because the first steps
+            are not aligned yet and move wide models' logits less.
+        weight: Initial weights; their RMS is known to about 1%.
+        update: First update of every parameter under AdamW, whose step is the learning rate.
+        muon_update_above: RMS of Muon's update, upwards only: a gradient of few tokens has
+            few directions, so the RMS of a wide matrix's update falls faster than -1/2.
+        muon_norm: RMS-operator norm of Muon's update, which does not have that problem.
+        norm_above, norm_below: The same under AdamW, where the norm depends on how aligned
+            the update's rows are, and drifts down with width.
+        own_logits, other_logits, any_logits: Logits at t = 0 of a position's own token, of
+            other tokens (expected -1/2), and of all where tokens are unknown, upwards.
+        other_logits_below: Logits of other tokens at t = 0, downwards.
+        loss: Loss at t = 0, upwards.
+    """
+
+    init: Tolerance = field(default=Tolerance(warn=0.08, fail=0.15))
+    change: Tolerance = field(default=Tolerance(warn=0.15, fail=0.25))
+    product: float = 2.0
+    logits_change_below: Tolerance = field(default=Tolerance(warn=0.4, fail=0.6))
+    weight: Tolerance = field(default=Tolerance(warn=0.05, fail=0.1))
+    update: Tolerance = field(default=Tolerance(warn=0.1, fail=0.2))
+    muon_update_above: Tolerance = field(default=Tolerance(warn=0.1, fail=0.2))
+    muon_norm: Tolerance = field(default=Tolerance(warn=0.1, fail=0.2))
+    norm_above: Tolerance = field(default=Tolerance(warn=0.15, fail=0.25))
+    norm_below: Tolerance = field(default=Tolerance(warn=0.3, fail=0.45))
+    own_logits: Tolerance = field(default=Tolerance(warn=0.25, fail=0.35))
+    other_logits: Tolerance = field(default=Tolerance(warn=0.4, fail=0.6))
+    other_logits_below: Tolerance = field(default=Tolerance(warn=0.4, fail=0.6))
+    any_logits: Tolerance = field(default=Tolerance(warn=0.2, fail=0.3))
+    loss: Tolerance = field(default=Tolerance(warn=0.05, fail=0.1))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ladder:
+    """What the models of a check have in common, and how their shapes grow with width.
+
+    Attributes:
+        optimizer: `adamw` or `muon`, for the hidden matrices.
+        roles: Role by parameter pattern.
+        fan_in, fan_out: Exponent of the fan-in and fan-out by parameter pattern: 1 for a side
+            that is proportional to the width, 0 for one that is fixed.
+        head_dim: The same for the size of an attention head.
+        tokens: Whether the logits of a position's own token are told from the others.
+    """
+
+    optimizer: str
+    roles: Mapping[str, Role]
+    fan_in: Mapping[str, float]
+    fan_out: Mapping[str, float]
+    head_dim: float = 0.0
+    tokens: bool = False
+
+    def module_role(self, name: str) -> Role | None:
+        """Role of a module's parameter, by the module's pattern."""
+        name = name.partition(" ")[0]
+        return self.roles.get(f"{name}.weight") or next(
+            (role for fqn, role in self.roles.items() if fqn.rpartition(".")[0] == name), None
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Expectation:
+    """The right slope of one quantity.
+
+    Attributes:
+        slope: Exponent of the width.
+        above, below: Tolerance on either side; `None` where that side is not judged.
+        cause_above, cause_below: What a deviation to that side means, in plain words.
+    """
+
+    slope: float
+    above: Tolerance
+    below: Tolerance | None
+    cause_above: str
+    cause_below: str = ""
+
+
+UNJUDGED = {
+    ("logits", "logits"): "the logits of own and other tokens are judged apart",
+    ("delta_logits", "own-token logits"): "all logits are judged together after a step",
+    ("delta_logits", "other-token logits"): "all logits are judged together after a step",
+}
+"""(kind, name) of what is measured and shown but not judged, where tokens are known."""
+
+
+def expectation(kind: str, name: str, ladder: Ladder, limits: Thresholds) -> Expectation | None:
+    """The right slope of a quantity, or `None` where there is no right or wrong.
+
+    Args:
+        kind, name: As in the result's frame.
+        ladder: The models of the check.
+        limits: The tolerances.
+    """
+    if ladder.tokens and (kind, name) in UNJUDGED:
+        return None
+    if kind in ("logits", "loss"):
+        return _outputs(kind, name, limits)
+    if kind.startswith("delta_"):
+        return _change(kind, name, ladder, limits)
+    if kind in ("weight", "update", "update_norm"):
+        return _weights(kind, name, ladder, limits)
+    if kind not in ("activation", "residual", "attention_logits"):
+        return None
+    above = {
+        "activation": "the init std of the weights before it does not shrink with the fan-in",
+        "residual": "the branches outgrow the stream: their init or multiplier grows with width",
+        "attention_logits": "the softmax scale, or the init of q and k, is too large in width",
+    }
+    below = {
+        "activation": "the init std of the weights before it shrinks too fast with the fan-in",
+        "residual": "the branches fade from the stream: their init or multiplier shrinks",
+        "attention_logits": "the softmax scale, or the init of q and k, shrinks with width",
+    }
+    # Independent q and k give q.k ~ sqrt(head_dim) and the scale is 1/head_dim (TP-V Def. 4.1).
+    slope = -0.5 * ladder.head_dim if kind == "attention_logits" else 0.0
+    return Expectation(slope=slope, above=limits.init, below=limits.init,
+                       cause_above=above[kind], cause_below=below[kind])  # fmt: skip
+
+
+def _outputs(kind: str, name: str, limits: Thresholds) -> Expectation:
+    """Logits and loss at init. A tied own-token logit is a sum of d_model like signs: constant
+    under the 1/m multiplier; any other logit is a random sum: m^-1/2."""
+    missing = "the output multiplier is not divided by the width"
+    if kind == "loss":
+        return Expectation(slope=0.0, above=limits.loss, below=None,
+                           cause_above=f"the initial logits grow, most likely {missing}")  # fmt: skip
+    if name == "own-token logits":
+        return Expectation(slope=0.0, above=limits.own_logits, below=None, cause_above=missing)
+    if name == "other-token logits":
+        return Expectation(
+            slope=-0.5,
+            above=limits.other_logits,
+            below=limits.other_logits_below,
+            cause_above=missing,
+            cause_below="the output multiplier is divided by the width more than once",
+        )
+    return Expectation(slope=0.0, above=limits.any_logits, below=None, cause_above=missing)
+
+
+def _change(kind: str, name: str, ladder: Ladder, limits: Thresholds) -> Expectation:
+    """Changes after the steps: constant in width (TP-V App. J.2.1, the second desideratum)."""
+    if kind == "delta_logits":
+        return Expectation(
+            slope=0.0,
+            above=limits.change,
+            below=limits.logits_change_below,
+            cause_above="the output multiplier is not divided by the width, or hidden "
+            "learning rates are too large in width",
+            cause_below="the output multiplier is divided by the width more than once, or "
+            "learning rates shrink too fast",
+        )
+    product = kind != "delta_activation" or ladder.module_role(name) == "hidden_out"
+    tolerance = limits.change.times(limits.product if product else 1.0)
+    shrinks = kind == "delta_attention_logits" and ladder.head_dim > 0
+    return Expectation(
+        slope=0.0,
+        above=tolerance,
+        below=None if shrinks else tolerance,
+        cause_above="wide models learn too fast: a learning rate or multiplier before it is "
+        "not scaled down with the width",
+        cause_below="wide models learn too slowly: a learning rate or multiplier before it is "
+        "scaled down too much",
+    )
+
+
+def _weights(kind: str, name: str, ladder: Ladder, limits: Thresholds) -> Expectation | None:
+    """Initial weights and their updates (TP-V Table 8; 2603.00541 Table 3 for Muon)."""
+    role = ladder.roles[name]
+    fan_in, fan_out = ladder.fan_in[name], ladder.fan_out[name]
+    if kind == "weight":
+        if role in MATRIX_ROLES:
+            return Expectation(slope=-fan_in / 2, above=limits.weight, below=limits.weight,
+                               cause_above="its init std is not divided by the square root of the width",
+                               cause_below="its init std shrinks too fast with the width")  # fmt: skip
+        return Expectation(slope=0.0, above=limits.weight, below=limits.weight,
+                           cause_above="its initial values grow with the width",
+                           cause_below="its init is scaled like a hidden matrix's")  # fmt: skip
+    if role not in MATRIX_ROLES:
+        return Expectation(slope=0.0, above=limits.update, below=limits.update,
+                           cause_above="its learning rate grows with the width",
+                           cause_below="its learning rate is scaled like a hidden matrix's")  # fmt: skip
+    if ladder.optimizer != "muon":
+        causes = {
+            "cause_above": "its learning rate is not divided by the width",
+            "cause_below": "its learning rate shrinks faster than 1/width",
+        }
+        if kind == "update":
+            return Expectation(slope=-fan_in, above=limits.update, below=limits.update, **causes)
+        return Expectation(slope=0.0, above=limits.norm_above, below=limits.norm_below, **causes)
+    causes = {
+        "cause_above": "its Muon step is not divided by the square root of the width",
+        "cause_below": "its Muon step is divided by the width where the square root is right",
+    }
+    if kind == "update_norm":
+        return Expectation(slope=0.0, above=limits.muon_norm, below=limits.muon_norm, **causes)
+    # sqrt(out/in) times a matrix of min(out, in) unit singular values: RMS sqrt(min/(in*in)).
+    slope = (min(fan_in, fan_out) - 2 * fan_in) / 2
+    return Expectation(slope=slope, above=limits.muon_update_above, below=None, **causes)

@@ -1,0 +1,1 @@
+"""The search on small models: experiments, studies, selection, and the bundle they end in."""

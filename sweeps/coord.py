@@ -1,0 +1,91 @@
+"""The coordinate check of an experiment: its decoder at several widths on one fixed batch."""
+
+from __future__ import annotations
+
+import torch
+
+from mutransfer.coord_check import CoordCheckResult, Trainable, coord_check
+from mutransfer.files import atomic_path
+from mutransfer.optimizers import Matrix, Optimizers
+from mutransfer.table import initialize
+from proxies.data import Batches
+from proxies.decoder import Decoder
+from proxies.tables import decoder_table
+from sweeps.study import Progress
+from sweeps.workspace import Workspace
+
+
+def run_coord_check(
+    workspace: Workspace, *, progress: Progress = print
+) -> dict[str, CoordCheckResult]:
+    """Runs the check for the experiment's parametrization and for each contrast.
+
+    Leaves `coord_check.csv`, `.json` and `.png` in the folder `coord-check`; the verdict is
+    the worst of the parametrization's own, one per optimizer. Contrasts do not enter it.
+
+    Returns:
+        Results by name: `<parametrization> <optimizer>`, contrasts last.
+
+    Raises:
+        UserError: The text is too short, or a width does not fit the target.
+    """
+    import pandas as pd
+
+    from mutransfer.coord_plot import coord_check_figure
+
+    e, folder = workspace.experiment, workspace.folder("coord-check")
+    c = e.coord_check
+    results = {
+        f"{arm} {optimizer}": coord_check(
+            _Factory(workspace, arm, optimizer),  # type: ignore[arg-type]
+            c.widths,
+            seeds=c.seeds,
+            steps=c.steps,
+            progress=progress,
+        )
+        for arm in (e.parametrization, *e.contrast)
+        for optimizer in c.optimizers
+    }
+    own = [results[f"{e.parametrization} {optimizer}"] for optimizer in c.optimizers]
+    verdict = max((r.verdict for r in own), key=("PASS", "WARN", "FAIL").index)
+    frames = [result.frame.assign(arm=name) for name, result in results.items()]
+    with atomic_path(folder / "coord_check.csv") as path:
+        pd.concat(frames).to_csv(path, index=False)
+    checks = {name: result.to_json() for name, result in results.items()}
+    workspace.save("coord_check", verdict, {"checks": checks})
+    shown = [f"{e.parametrization} {c.optimizers[0]}"]
+    shown += [f"{arm} {c.optimizers[0]}" for arm in e.contrast[:1]]
+    with atomic_path(folder / "coord_check.png") as path:
+        figure = coord_check_figure(*(results[name] for name in shown))
+        figure.savefig(path, format="png", dpi=150)
+    return results
+
+
+class _Factory:
+    """Builds the decoder of a width, with its optimizers and one batch for all widths."""
+
+    def __init__(self, workspace: Workspace, arm: str, optimizer: Matrix) -> None:
+        e, c = workspace.experiment, workspace.experiment.coord_check
+        self._experiment, self._arm, self._optimizer = e, arm, optimizer
+        # decay off: it shrinks what the check watches grow (its coupling is checked symbolically)
+        self._params = e.params.model_copy(
+            update={"lr": c.lr or e.params.lr, "weight_decay": 0.0}
+        )
+        self._batches = Batches(
+            workspace.corpus.train, seq_len=c.seq_len, batch_size=c.batch_size, seed=0
+        )
+
+    def __call__(self, width: int, seed: int) -> Trainable:
+        e = self._experiment
+        config = e.model_at(width)
+        table = decoder_table(config, e.base, self._params, self._arm, base_width=e.base_width)
+        model = Decoder(config)
+        initialize(model, table, seed=seed)
+        batch = torch.from_numpy(self._batches.at(seed))
+        return Trainable(
+            model=model,
+            optimizer=Optimizers(model, table, self._optimizer),
+            loss=lambda: model.loss(batch),
+            table=table,
+            tokens=batch[:, :-1],
+        )

@@ -1,0 +1,246 @@
+"""The Optuna study of an experiment: asked and told by one process, resumed by itself."""
+
+from __future__ import annotations
+
+import os
+import socket
+import warnings
+from collections import deque
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import optuna
+from optuna.samplers import TPESampler
+from optuna.trial import FrozenTrial, TrialState
+
+from mutransfer.errors import UserError
+from mutransfer.rules import BaseParams
+from proxies.run import RunResult
+from sweeps.experiment import Experiment, first_difference
+from sweeps.ledger import Ledger
+from sweeps.pool import Job, PoolConfig, run_jobs
+from sweeps.workspace import Workspace
+
+Progress = Callable[[str], None]
+
+
+def open_study(experiment: Experiment, folder: Path, storage: str | None = None) -> optuna.Study:
+    """Creates or resumes the study called like the experiment.
+
+    Args:
+        experiment: The experiment; a study of another one is refused.
+        folder: Where the embedded storage, an Optuna journal, lies.
+        storage: URL of an Optuna RDB storage to use in its place.
+
+    Raises:
+        UserError: A study of this name searches another experiment.
+    """
+    from optuna.storages import BaseStorage, JournalStorage
+    from optuna.storages.journal import JournalFileBackend
+
+    backend: BaseStorage | str = storage or JournalStorage(
+        JournalFileBackend(str(folder / "study.journal"))
+    )
+    study = optuna.create_study(
+        study_name=experiment.name, storage=backend, direction="minimize", load_if_exists=True
+    )
+    known = study.user_attrs.get("experiment")
+    if known is None:
+        study.set_user_attr("experiment", experiment.canonical)
+    elif known != experiment.canonical:
+        raise UserError(
+            "a study of this name searches another experiment",
+            where=str(storage or folder / "study.journal").rsplit("@")[-1],
+            got=first_difference(known, experiment.canonical),
+            cure="Give the experiment another name, or --out another folder.",
+        )
+    return study
+
+
+def budget_used(study: optuna.Study) -> int:
+    """Trials that count: all but those that were cut off and asked anew."""
+    return sum(
+        "interrupted" not in t.user_attrs and t.state != TrialState.WAITING
+        for t in study.get_trials(deepcopy=False)
+    )
+
+
+def requeue_interrupted(study: optuna.Study, *, exclusive: bool) -> list[int]:
+    """Gives up trials whose process is gone and queues their parameters again.
+
+    Args:
+        study: The study.
+        exclusive: Whether this process is known to be the only one at work, as it is with the
+            embedded storage, whose ledger is locked. Otherwise only trials of dead processes
+            of this host are taken.
+
+    Returns:
+        The numbers of the trials.
+    """
+    found = []
+    for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+        if exclusive or _owner_is_dead(trial.user_attrs.get("owner", "")):
+            optuna.Trial(study, trial._trial_id).set_user_attr("interrupted", True)
+            study.tell(trial.number, state=TrialState.FAIL)
+            study.enqueue_trial(trial.params, user_attrs={"continues": trial.number})
+            found.append(trial.number)
+    return found
+
+
+def _owner() -> str:
+    return f"{socket.gethostname()}:{os.getpid()}"
+
+
+def _owner_is_dead(owner: str) -> bool:
+    host, _, pid = owner.rpartition(":")
+    if host != socket.gethostname() or not pid.isdigit():
+        return False
+    try:
+        os.kill(int(pid), 0)
+    except ProcessLookupError:
+        return True
+    except PermissionError:
+        return False
+    return False
+
+
+class Search:
+    """One sitting at a study: asks, trains, tells, until the budget is used.
+
+    A trial is one or more seeds. The seeds of a trial run one after another; a seed that is
+    on record in the ledger is not run again.
+
+    Args:
+        workspace: The experiment's folder.
+        study: What `open_study` returned.
+        ledger: The open ledger.
+        trials: Budget of trials in all, over every start.
+        progress: Takes one line per finished trial.
+    """
+
+    def __init__(
+        self,
+        workspace: Workspace,
+        study: optuna.Study,
+        ledger: Ledger,
+        *,
+        trials: int,
+        progress: Progress = lambda line: None,
+    ) -> None:
+        self.workspace, self.study, self.ledger = workspace, study, ledger
+        self.trials, self.progress = trials, progress
+        self._config = workspace.experiment.sweep
+        self._queue: deque[Job] = deque()
+        self._losses: dict[int, dict[int, float]] = {}
+        self._asked: dict[int, optuna.Trial] = {}
+
+    def run(self, pool: PoolConfig) -> None:
+        """Works until the budget is used and every trial is told."""
+        run_jobs(
+            pool,
+            self.workspace.corpus.folder,
+            self._next,
+            self._done,
+            self._report if self._config.pruning else None,
+        )
+
+    def _next(self) -> Job | None:
+        while True:
+            if self._queue:
+                job = self._queue.popleft()
+            elif budget_used(self.study) < self.trials:
+                job = self._job(self._ask(), seed=0)
+            else:
+                return None
+            known = self.ledger.get(job.spec.key)
+            if known is None:
+                return job
+            self._done(job, known)
+
+    def _ask(self) -> optuna.Trial:
+        config, space = self._config, self.workspace.experiment.search
+        asked = len(self.study.get_trials(deepcopy=False))
+        # a sampler per trial, seeded by its number: a resumed study draws what it would have
+        self.study.sampler = _sampler(config.seed + 1000 * asked, config.startup)
+        self.study.pruner = optuna.pruners.MedianPruner(n_startup_trials=config.startup)
+        trial = self.study.ask()
+        trial.set_user_attr("owner", _owner())
+        for name, bounds in space.items():
+            trial.suggest_float(name, bounds.low, bounds.high, log=True)
+        self._losses[trial.number] = {}
+        self._asked[trial.number] = trial
+        return trial
+
+    def _job(self, trial: optuna.Trial, seed: int) -> Job:
+        e = self.workspace.experiment
+        spec = self.workspace.spec(e.base, params_of(e, trial.params), seed)
+        return Job(spec=spec, tag=trial.number)
+
+    def _report(self, job: Job, step: int, loss: float) -> bool:
+        """Reports the first seed's rungs; every trial has the same schedule, so steps compare."""
+        trial = self._asked[job.tag]
+        if job.spec.seed != 0 or step >= job.spec.train.steps:
+            return False
+        trial.report(loss, step)
+        return trial.should_prune()
+
+    def _done(self, job: Job, result: RunResult | None) -> None:
+        trial = self._asked[job.tag]
+        if result is None:
+            self._tell(trial, TrialState.PRUNED)
+            return
+        if self.ledger.get(result.key) is None:
+            self.ledger.add(result)
+        if result.loss is None:
+            trial.set_user_attr("diverged_at", result.diverged_at)
+            self._tell(trial, TrialState.FAIL)
+            return
+        losses = self._losses[trial.number]
+        losses[job.spec.seed] = result.loss
+        trial.set_user_attr("losses", {str(seed): loss for seed, loss in losses.items()})
+        if len(losses) < self._config.seeds:
+            self._queue.append(self._job(trial, seed=job.spec.seed + 1))
+        else:
+            self._tell(trial, TrialState.COMPLETE, sum(losses.values()) / len(losses))
+
+    def _tell(self, trial: optuna.Trial, state: TrialState, value: float | None = None) -> None:
+        self.study.tell(trial, value, state=state)
+        del self._asked[trial.number], self._losses[trial.number]
+        done = sum(
+            t.state.is_finished() and "interrupted" not in t.user_attrs
+            for t in self.study.get_trials(deepcopy=False)
+        )
+        outcome = f"loss {value:.4f}" if value is not None else _WORDS[state]
+        self.progress(f"trial {trial.number} {outcome} | {done}/{self.trials} done | "
+                      f"best {_best(self.study)}")  # fmt: skip
+
+
+_WORDS = {TrialState.PRUNED: "pruned", TrialState.FAIL: "diverged"}
+
+
+def _best(study: optuna.Study) -> str:
+    done = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+    if not done:
+        return "none yet"
+    best = min(done, key=_value)
+    return f"{_value(best):.4f} (trial {best.number})"
+
+
+def _value(trial: FrozenTrial) -> float:
+    assert trial.value is not None
+    return trial.value
+
+
+def _sampler(seed: int, startup: int) -> TPESampler:
+    with warnings.catch_warnings():
+        # multivariate and constant_liar are marked experimental; the pinned behaviour suits us
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        return TPESampler(
+            seed=seed % 2**32, n_startup_trials=startup, multivariate=True, constant_liar=True
+        )
+
+
+def params_of(experiment: Experiment, searched: dict[str, Any]) -> BaseParams:
+    """The base hyperparameters of a trial: what was searched over what was fixed."""
+    return BaseParams.model_validate(experiment.params.model_dump() | searched)

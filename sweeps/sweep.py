@@ -1,0 +1,92 @@
+"""The sweep: search, repeat the best over seeds, choose, and write down what was found."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import optuna
+
+from mutransfer.bundle_evidence import Study, Trial
+from mutransfer.files import atomic_path
+from mutransfer.rules import BaseParams
+from sweeps.pool import PoolConfig
+from sweeps.selection import confirm, read_trials, steps_taken, trials_frame
+from sweeps.study import Progress, Search, open_study, params_of, requeue_interrupted
+from sweeps.workspace import Workspace
+
+
+def run_sweep(
+    workspace: Workspace,
+    pool: PoolConfig,
+    *,
+    trials: int | None = None,
+    storage: str | None = None,
+    progress: Progress = print,
+) -> tuple[BaseParams, Trial]:
+    """Runs or resumes the sweep of an experiment and leaves its results.
+
+    Leaves `sweep.json`, `trials.csv` and plots in the folder `sweep` of the workspace.
+
+    Args:
+        workspace: The experiment's folder.
+        pool: How the machine is shared out.
+        trials: Budget of trials in all, over every start; the experiment's by default.
+        storage: URL of an Optuna RDB storage; an embedded journal by default.
+        progress: Takes one line per event.
+
+    Returns:
+        The base hyperparameters that won, and their trial.
+
+    Raises:
+        UserError: Another process is at it, or no trial came out good.
+    """
+    e, folder = workspace.experiment, workspace.folder("sweep")
+    with workspace.ledger() as ledger:
+        study = open_study(e, folder, storage)
+        for number in requeue_interrupted(study, exclusive=storage is None):
+            progress(f"trial {number} was cut off; its parameters are tried again")
+        budget = trials or e.sweep.trials
+        Search(workspace, study, ledger, trials=budget, progress=progress).run(pool)
+        record = confirm(workspace, read_trials(study), ledger, pool, progress)
+    frame = trials_frame(workspace, record, steps_taken(study, e.train.steps))
+    with atomic_path(folder / "trials.csv") as path:
+        frame.to_csv(path, index=False)
+    best = _winner(record)
+    params = params_of(e, best.params)
+    workspace.save(
+        "sweep",
+        None,
+        {
+            "best_trial": best.number,
+            "mean_loss": best.mean_loss,
+            "standard_error": best.standard_error,
+            "base_hyperparameters": params.model_dump(),
+            "epochs": e.train.horizon_tokens / workspace.corpus.train_tokens,
+            "study": record.model_dump(mode="json"),
+        },
+    )
+    _draw(study, folder)
+    return params, best
+
+
+def load_sweep(workspace: Workspace) -> tuple[BaseParams, Study]:
+    """The base hyperparameters that the experiment's sweep chose, and the study behind them.
+
+    Raises:
+        UserError: There is no sweep of this experiment yet.
+    """
+    study = Study.model_validate(workspace.load("sweep")["study"])
+    return params_of(workspace.experiment, _winner(study).params), study
+
+
+def _winner(study: Study) -> Trial:
+    assert study.winner is not None, "confirm() returns no study without a winner"
+    return study.winner
+
+
+def _draw(study: optuna.Study, folder: Path) -> None:
+    from sweeps.plots import sweep_figures
+
+    for name, figure in sweep_figures(study).items():
+        with atomic_path(folder / f"{name}.png") as path:
+            figure.savefig(path, format="png", dpi=150)

@@ -1,0 +1,160 @@
+"""The transfer check of an experiment: trains the grid, extends it, judges it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import pandas as pd
+
+from mutransfer.files import atomic_path
+from mutransfer.rules import BaseParams
+from mutransfer.transfer import transfer_check
+from mutransfer.transfer_result import TransferResult
+from proxies.run import RunResult, RunSpec
+from sweeps.ledger import Ledger
+from sweeps.pool import Job, PoolConfig, run_jobs
+from sweeps.study import Progress
+from sweeps.sweep import load_sweep
+from sweeps.workspace import Workspace
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cell:
+    """One learning rate of one arm at one width; `index` counts grid steps from the sweep's lr."""
+
+    arm: str
+    width: int
+    index: int
+
+
+class Grid:
+    """The runs of a transfer check: seeds of every cell, around the learning rate of the sweep.
+
+    Every arm starts with the same grid at every width. Where the best cell of a width is its
+    first or last, the grid grows by one octave on that side, up to the experiment's limit, so
+    that an optimum is found rather than missed.
+    """
+
+    def __init__(self, workspace: Workspace, params: BaseParams, ledger: Ledger) -> None:
+        self._workspace, self._params, self._ledger = workspace, params, ledger
+        e, c = workspace.experiment, workspace.experiment.transfer_check
+        self._step, self._seeds = c.per_octave, range(c.seeds)
+        self._limit = (c.octaves + c.extend) * c.per_octave
+        reach = range(-c.octaves * c.per_octave, c.octaves * c.per_octave + 1)
+        self._cells = {
+            (arm, width): set(reach)
+            for arm in (e.parametrization, *e.contrast)
+            for width in c.widths
+        }
+
+    def lr(self, cell: Cell) -> float:
+        """The base learning rate of a cell."""
+        return self._params.lr * 2.0 ** (cell.index / self._step)
+
+    def spec(self, cell: Cell, seed: int) -> RunSpec:
+        """One run of a cell."""
+        return self._workspace.spec(
+            self._workspace.experiment.model_at(cell.width),
+            self._params.model_copy(update={"lr": self.lr(cell)}),
+            seed,
+            cell.arm,
+        )
+
+    def runs(self) -> Iterator[tuple[Cell, int, RunSpec]]:
+        """Every run of the grid as it stands, narrow models first."""
+        for (arm, width), indices in sorted(self._cells.items(), key=lambda item: item[0][1]):
+            for index in sorted(indices):
+                cell = Cell(arm=arm, width=width, index=index)
+                for seed in self._seeds:
+                    yield cell, seed, self.spec(cell, seed)
+
+    def train(self, pool: PoolConfig, progress: Progress) -> None:
+        """Trains what is missing until no grid wants to grow."""
+        while missing := [
+            Job(spec, (cell, seed))
+            for cell, seed, spec in self.runs()
+            if self._ledger.get(spec.key) is None
+        ]:
+            left = len(missing)
+
+            def done(job: Job, result: RunResult | None) -> None:
+                nonlocal left
+                assert result is not None
+                self._ledger.add(result)
+                left -= 1
+                cell, seed = job.tag
+                loss = "diverged" if result.loss is None else f"loss {result.loss:.4f}"
+                progress(f"{cell.arm} d_model {cell.width} lr {self.lr(cell):.3g} seed {seed}: "
+                         f"{loss} | {left} to go")  # fmt: skip
+
+            waiting = iter(missing)
+            # bound early: the loop below runs to its end before the next round begins
+            run_jobs(pool, self._workspace.corpus.folder, lambda w=waiting: next(w, None), done)  # type: ignore[misc]
+            self._grow()
+
+    def frame(self) -> pd.DataFrame:
+        """One row per run: arm, width, lr, seed, loss (NaN if diverged), epochs."""
+        rows = []
+        for cell, seed, spec in self.runs():
+            result = self._ledger.get(spec.key)
+            assert result is not None
+            rows.append(
+                {
+                    "arm": cell.arm,
+                    "width": cell.width,
+                    "lr": self.lr(cell),
+                    "seed": seed,
+                    "loss": math.nan if result.loss is None else result.loss,
+                    "epochs": result.epochs,
+                    "n_nonembedding": spec.model.n_nonembedding,
+                    "n_parameters": spec.model.n_parameters,
+                }
+            )
+        return pd.DataFrame(rows)
+
+    def _grow(self) -> None:
+        for (arm, width), indices in self._cells.items():
+            best = min(indices, key=lambda i: self._mean(Cell(arm=arm, width=width, index=i)))
+            first, last = min(indices), max(indices)
+            if best == first and first > -self._limit:
+                indices.update(range(max(first - self._step, -self._limit), first))
+            elif best == last and last < self._limit:
+                indices.update(range(last + 1, min(last + self._step, self._limit) + 1))
+
+    def _mean(self, cell: Cell) -> float:
+        losses = []
+        for seed in self._seeds:
+            result = self._ledger.get(self.spec(cell, seed).key)
+            assert result is not None
+            losses.append(math.inf if result.loss is None else result.loss)
+        return sum(losses) / len(losses)
+
+
+def run_transfer_check(
+    workspace: Workspace, pool: PoolConfig, *, progress: Progress = print
+) -> TransferResult:
+    """Runs or resumes the transfer check of an experiment and leaves its results.
+
+    Leaves `transfer_check.csv`, `.json` and `.png` in the folder `transfer-check`.
+
+    Raises:
+        UserError: There is no sweep yet, or another process is at work here.
+    """
+    from mutransfer.transfer_plot import transfer_figure
+
+    e, folder = workspace.experiment, workspace.folder("transfer-check")
+    params, _ = load_sweep(workspace)
+    with workspace.ledger() as ledger:
+        grid = Grid(workspace, params, ledger)
+        grid.train(pool, progress)
+        frame = grid.frame()
+    result = transfer_check(frame, proxy_width=e.proxy.d_model, contrast=e.contrast)
+    with atomic_path(folder / "transfer_check.csv") as path:
+        frame.to_csv(path, index=False)
+    record = result.to_json() | {"seeds": list(range(e.transfer_check.seeds))}
+    workspace.save("transfer_check", result.verdict, record)
+    with atomic_path(folder / "transfer_check.png") as path:
+        transfer_figure(frame, result).savefig(path, format="png", dpi=150)
+    return result
