@@ -45,7 +45,7 @@ class Thresholds:
         muon_norm: RMS-operator norm of Muon's update, which does not have that problem.
         norm_above, norm_below: The same under AdamW, where the norm depends on how aligned
             the update's rows are, and drifts down with width.
-        own_logits, other_logits, any_logits: Logits at t = 0 of a position's own token, of
+        self_logits, other_logits, any_logits: Logits at t = 0 of a position's own token, of
             other tokens (expected -1/2), and of all where tokens are unknown, upwards.
         other_logits_below: Logits of other tokens at t = 0, downwards.
         loss: Loss at t = 0, upwards.
@@ -61,7 +61,7 @@ class Thresholds:
     muon_norm: Tolerance = field(default=Tolerance(warn=0.1, fail=0.2))
     norm_above: Tolerance = field(default=Tolerance(warn=0.15, fail=0.25))
     norm_below: Tolerance = field(default=Tolerance(warn=0.3, fail=0.45))
-    own_logits: Tolerance = field(default=Tolerance(warn=0.25, fail=0.35))
+    self_logits: Tolerance = field(default=Tolerance(warn=0.25, fail=0.35))
     other_logits: Tolerance = field(default=Tolerance(warn=0.4, fail=0.6))
     other_logits_below: Tolerance = field(default=Tolerance(warn=0.4, fail=0.6))
     any_logits: Tolerance = field(default=Tolerance(warn=0.2, fail=0.3))
@@ -115,7 +115,7 @@ class Expectation:
 
 UNJUDGED = {
     ("logits", "logits"): "the logits of own and other tokens are judged apart",
-    ("delta_logits", "own-token logits"): "all logits are judged together after a step",
+    ("delta_logits", "self-token logits"): "all logits are judged together after a step",
     ("delta_logits", "other-token logits"): "all logits are judged together after a step",
 }
 """(kind, name) of what is measured and shown but not judged, where tokens are known."""
@@ -162,8 +162,8 @@ def _outputs(kind: str, name: str, limits: Thresholds) -> Expectation:
     if kind == "loss":
         return Expectation(slope=0.0, above=limits.loss, below=None,
                            cause_above=f"the initial logits grow, most likely {missing}")  # fmt: skip
-    if name == "own-token logits":
-        return Expectation(slope=0.0, above=limits.own_logits, below=None, cause_above=missing)
+    if name == "self-token logits":
+        return Expectation(slope=0.0, above=limits.self_logits, below=None, cause_above=missing)
     if name == "other-token logits":
         return Expectation(
             slope=-0.5,

@@ -1,12 +1,13 @@
-"""What a coordinate check measures: one pass with forward hooks collects everything.
+"""What a coordinate check measures: hooks on one forward pass collect everything at once.
 
-Layers of one pattern pool: a value is the root mean square over layers, elements and tokens.
+Layers of one pattern pool into one value, the geometric mean over layers of the root mean
+square: the typical layer, whatever a single one does; zero where any layer's is.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,61 +19,39 @@ from mutransfer.roles import MATRIX_ROLES, pattern_of
 from mutransfer.table import Row
 
 Values = dict[tuple[str, str], float]
-"""(kind, name) -> value, at one step of one model."""
-
-PROJECTIONS = 65536
-"""Elements of a stored output are compared in full up to any size; see `Recorder`."""
-
-
-def module_pattern(name: str) -> str:
-    """`name` of a module with every layer index, a trailing one included, replaced by `*`."""
-    return pattern_of(f"{name}.")[:-1]
-
-
-def first_tensor(output: object) -> Tensor | None:
-    """The tensor that a module's output is about: itself, its `logits`, or its first part."""
-    if isinstance(output, Tensor):
-        return output
-    logits = getattr(output, "logits", None)
-    if isinstance(logits, Tensor):
-        return logits
-    if isinstance(output, tuple | list) and output:
-        return first_tensor(output[0])
-    return None
-
-
-def attention_logits(q: Tensor, k: Tensor) -> Tensor:
-    """Pre-softmax logits of the causal part.
-
-    Shapes: q (..., n_heads, seq, head_dim), k (..., n_kv_heads, seq, head_dim) ->
-    (..., n_heads, seq * (seq + 1) / 2).
-    """
-    k = k.repeat_interleave(q.shape[-3] // k.shape[-3], dim=-3)
-    seq = q.shape[-2]
-    causal = torch.ones(seq, seq, dtype=torch.bool, device=q.device).tril()
-    return (q.float() @ k.float().transpose(-2, -1))[..., causal]
+"""(kind, name) -> value, of one model at one step."""
 
 
 class Recorder:
-    """Watches one model: outputs of its modules, and how far they are from those at t = 0.
+    """Watches one model: outputs of its modules, and how far they are from the first ones.
+
+    Kinds are `activation` (modules that own parameters, the head aside), `residual` (blocks
+    of a ModuleList), `attention_logits` (before the softmax, standard deviation over the
+    causal part), `logits`, and `delta_` each: the change on the same batch.
 
     Args:
-        model: The model; hooks are attached for the time of `watch`.
+        model: The model; it carries hooks only inside `watch`.
         rows: The table's rows by fully qualified name.
-        tokens: Ids that the model reads (batch, seq), for the logits of a position's own
-            token; `None` where the model has no tied logits to tell apart.
+        tokens: Ids that the model reads (batch, seq), to tell the logits of a position's own
+            token from the others; `None` leaves them together.
+
+    Attributes:
+        head_dim: Size of an attention head; `None` until an attention core was watched.
 
     Raises:
         UserError: The model is compiled, so that hooks would not see its modules.
     """
 
-    def __init__(self, model: nn.Module, rows: dict[str, Row], tokens: Tensor | None) -> None:
+    def __init__(
+        self, model: nn.Module, rows: Mapping[str, Row], tokens: Tensor | None = None
+    ) -> None:
         if hasattr(model, "_orig_mod"):
             raise UserError("the model is compiled, so hooks cannot see its modules",
-                            where=type(model).__name__,
-                            cure="Return the model before torch.compile from the factory.")  # fmt: skip
+                            where="Trainable.model", got=type(model).__name__,
+                            cure="Return the model as it was before torch.compile.")  # fmt: skip
+        self.head_dim: int | None = None
         self._model, self._tokens = model, tokens
-        heads = {fqn.rpartition(".")[0] for fqn, row in rows.items() if row.role == "head"}
+        self._heads = {fqn.rpartition(".")[0] for fqn, row in rows.items() if row.role == "head"}
         self._blocks = {
             f"{name}.{index}" if name else index
             for name, module in model.named_modules()
@@ -80,51 +59,58 @@ class Recorder:
             for index, block in module.named_children()
             if next(block.children(), None) is not None
         }
-        self._leaves = {
-            name
-            for name, module in model.named_modules()
-            if name and name not in heads and next(module.parameters(recurse=False), None) is not None
-        }
-        self._first: dict[tuple[str, str, int], Tensor] = {}
+        self._first: dict[tuple[str, str], Tensor] = {}
         self._calls: dict[str, int] = {}
-        self._squares: dict[tuple[str, str], list[float]] = {}
-        self.head_dim: int | None = None
+        self._found: dict[tuple[str, str], list[float]] = {}
 
     @contextmanager
     def watch(self) -> Iterator[Values]:
-        """Collects every module output of the forward pass inside; the values are there after."""
-        self._calls, self._squares = {}, {}
-        handles = []
-        for name, module in self._model.named_modules():
-            hook = self._hook(name, module)
-            if hook is not None:
-                handles.append(module.register_forward_hook(hook))
+        """Collects from the forward passes inside; the values are there afterwards.
+
+        The first `watch` keeps the outputs that later ones are compared with.
+        """
+        self._calls, self._found = {}, {}
+        handles = [
+            module.register_forward_hook(hook)
+            for name, module in self._model.named_modules()
+            if (hook := self._hook(name, module)) is not None
+        ]
         values: Values = {}
         try:
             yield values
         finally:
             for handle in handles:
                 handle.remove()
-        for key, squares in self._squares.items():
-            values[key] = math.sqrt(sum(squares) / len(squares))
+        values.update(typical(self._found))
 
     def _hook(self, name: str, module: nn.Module) -> Callable[..., None] | None:
-        core = type(module).__name__ == "Attend" or getattr(module, "is_attention_core", False)
+        """What to do with the output of one module; `None` where nothing is to be seen."""
+        if not name:
+            return self._see(lambda _, output: self._logits(output))
+        if type(module).__name__ == "Attend" or getattr(module, "is_attention_core", False):
+            return self._see(lambda inputs, _: self._attention(name, inputs))
+        if name in self._blocks:
+            return self._see(lambda _, output: self._add("residual", name, output))
+        if name not in self._heads and next(module.parameters(recurse=False), None) is not None:
+            return self._see(lambda _, output: self._add("activation", name, output))
+        return None
 
+    @staticmethod
+    def _see(look: Callable[[Any, Tensor], None]) -> Callable[..., None]:
+        @torch.no_grad()
         def hook(module: nn.Module, inputs: tuple[Any, ...], output: object) -> None:
-            with torch.no_grad():
-                if core:
-                    q, k = inputs[0], inputs[1]
-                    self.head_dim = q.shape[-1]
-                    self._add("attention logits", name, attention_logits(q, k), std=True)
-                elif (x := first_tensor(output)) is not None:
-                    if not name:
-                        self._logits(x)
-                    else:
-                        self._add("residual" if name in self._blocks else "activation", name, x)
+            if (tensor := _tensor(output)) is not None:
+                look(inputs, tensor)
 
-        watched = core or not name or name in self._blocks or name in self._leaves
-        return hook if watched else None
+        return hook
+
+    def _attention(self, name: str, inputs: tuple[Tensor, ...]) -> None:
+        if len(inputs) < 2:
+            raise UserError("an attention core takes q and k as its first two arguments",
+                            where=name, got=f"{len(inputs)} arguments by position")  # fmt: skip
+        q, k = inputs[:2]
+        self.head_dim = q.shape[-1]
+        self._add("attention_logits", name, causal_logits(q, k))
 
     def _logits(self, logits: Tensor) -> None:
         self._add("logits", "logits", logits)
@@ -133,52 +119,110 @@ class Recorder:
         if self._tokens.shape != logits.shape[:-1]:
             raise UserError("tokens do not belong to the logits", where="Trainable.tokens",
                             got=tuple(self._tokens.shape), expected=tuple(logits.shape[:-1]),
-                            cure="Give the ids that the model reads, without the targets.")  # fmt: skip
-        own = torch.zeros(logits.shape, dtype=torch.bool, device=logits.device)
+                            cure="Give the ids that the model reads, targets left out.")  # fmt: skip
+        own = torch.zeros_like(logits, dtype=torch.bool)
         own.scatter_(-1, self._tokens.unsqueeze(-1), True)
         self._add("logits", "self-token logits", logits[own])
         self._add("logits", "other-token logits", logits[~own])
 
-    def _add(self, kind: str, name: str, x: Tensor, *, std: bool = False) -> None:
-        """Adds the mean square of `x` and of its change; a module's n-th call is its own entry."""
-        call = self._calls[f"{kind} {name}"] = self._calls.get(f"{kind} {name}", 0) + 1
-        pattern = module_pattern(name) + (f" (call {call})" if call > 1 else "")
-        x = x.float()
-        square = float(x.var(correction=0) if std else x.square().mean())
-        self._squares.setdefault((kind, pattern), []).append(square)
-        first = self._first.get((kind, name, call))
-        if first is None:
-            self._first[kind, name, call] = x.clone()
-        else:
-            change = float((x - first).square().mean())
-            self._squares.setdefault((f"change of {kind}", pattern), []).append(change)
+    def _add(self, kind: str, name: str, x: Tensor) -> None:
+        """Adds one output, and its change; the n-th call of a reused module stands for itself."""
+        call = self._calls[name] = self._calls.get(name, 0) + 1
+        suffix = f" (call {call})" if call > 1 else ""
+        pattern, x = module_pattern(name) + suffix, x.float()
+        square = x.var(correction=0) if kind == "attention_logits" else x.square().mean()
+        self._found.setdefault((kind, pattern), []).append(math.sqrt(float(square)))
+        key = (kind, name + suffix)
+        if key not in self._first:
+            self._first[key] = x.clone()
+            return
+        first = self._first[key]
+        if first.shape != x.shape:
+            raise UserError("output changes its shape between steps", where=name,
+                            got=tuple(x.shape), expected=tuple(first.shape),
+                            cure="loss() must run the model on one fixed batch.")  # fmt: skip
+        change = math.sqrt(float((x - first).square().mean()))
+        self._found.setdefault((f"delta_{kind}", pattern), []).append(change)
+
+
+def _tensor(output: object) -> Tensor | None:
+    """The tensor that an output is about: itself, its `logits`, or its first part."""
+    if isinstance(output, Tensor):
+        return output
+    if isinstance(logits := getattr(output, "logits", None), Tensor):
+        return logits
+    return _tensor(output[0]) if isinstance(output, tuple | list) and output else None
+
+
+def module_pattern(name: str) -> str:
+    """`name` of a module with every layer index, the last part included, replaced by `*`."""
+    return pattern_of(f"{name}.")[:-1]
+
+
+def causal_logits(q: Tensor, k: Tensor) -> Tensor:
+    """Logits before the softmax, of the pairs that causal attention sees.
+
+    Shapes: q (..., n_heads, seq, head_dim), scaled, and k (..., n_kv_heads, seq, head_dim) ->
+    (..., n_heads, seq * (seq + 1) / 2).
+    """
+    k = k.repeat_interleave(q.shape[-3] // k.shape[-3], dim=-3)
+    logits = q.float() @ k.float().transpose(-2, -1)
+    return logits[..., torch.ones(logits.shape[-2:], dtype=torch.bool, device=q.device).tril()]
 
 
 def operator_norm(matrix: Tensor) -> float:
-    """RMS-operator norm sqrt(fan_in/fan_out) * sigma_max of (fan_out, fan_in).
+    """RMS-operator norm sqrt(fan_in/fan_out) * sigma_max of a (fan_out, fan_in) matrix.
 
-    Equation 1 of 2310.17813 (a spectral condition for feature learning). The largest
-    singular value is the root of the smaller Gram matrix's largest eigenvalue.
+    The norm that 2310.17813 holds constant in width. Exact: sigma_max is the root of the
+    largest eigenvalue of the smaller Gram matrix, at the cost of its side cubed.
     """
     fan_out, fan_in = matrix.shape
     tall = matrix.double() if fan_out >= fan_in else matrix.double().T
-    largest = torch.linalg.eigvalsh(tall.T @ tall)[-1].clamp_min(0)
-    return math.sqrt(float(largest) * fan_in / fan_out)
+    if not bool(tall.isfinite().all()):
+        return math.inf
+    largest = float(torch.linalg.eigvalsh(tall.T @ tall)[-1])
+    return math.sqrt(max(largest, 0.0) * fan_in / fan_out)
 
 
 @torch.no_grad()
-def weight_values(model: nn.Module, first: dict[str, Tensor], rows: dict[str, Row]) -> Values:
-    """RMS of every weight, and of its change against `first`, by pattern.
+def weight_values(
+    model: nn.Module, first: Mapping[str, Tensor], rows: Mapping[str, Row], *, initial: bool
+) -> Values:
+    """RMS of the weights (kind `weight`), or what they have moved since `first`.
 
-    Hidden matrices also have the RMS-operator norm of their change.
+    Args:
+        model: The model.
+        first: Its weights at t = 0, by fully qualified name.
+        rows: The table's rows by the same names.
+        initial: `weight` alone; else `update` (RMS of the change), and of hidden matrices
+            `update_norm` (RMS-operator norm) and `update_ratio` (change over initial weight,
+            Frobenius).
     """
-    squares: dict[tuple[str, str], list[float]] = {}
+    found: dict[tuple[str, str], list[float]] = {}
     for fqn, parameter in model.named_parameters():
-        weight, pattern = parameter.float(), pattern_of(fqn)
-        change = weight - first[fqn].float()
-        found = {"weight": float(weight.square().mean()), "update": float(change.square().mean())}
+        pattern, weight = rows[fqn].pattern, first[fqn].float()
+        rms = math.sqrt(float(weight.square().mean()))
+        if initial:
+            found.setdefault(("weight", pattern), []).append(rms)
+            continue
+        change = parameter.float() - weight
+        moved = math.sqrt(float(change.square().mean()))
+        found.setdefault(("update", pattern), []).append(moved)
         if rows[fqn].role in MATRIX_ROLES:
-            found["update norm"] = operator_norm(change) ** 2
-        for kind, square in found.items():
-            squares.setdefault((kind, pattern), []).append(square)
-    return {key: math.sqrt(sum(values) / len(values)) for key, values in squares.items()}
+            found.setdefault(("update_norm", pattern), []).append(operator_norm(change))
+            if rms:
+                found.setdefault(("update_ratio", pattern), []).append(moved / rms)
+    return typical(found)
+
+
+def typical(found: Mapping[tuple[str, str], list[float]]) -> Values:
+    """The geometric mean of every entry; NaN where one of its values is."""
+    return {key: _geometric_mean(values) for key, values in found.items()}
+
+
+def _geometric_mean(values: list[float]) -> float:
+    if any(math.isnan(value) for value in values):
+        return math.nan
+    if 0.0 in values:
+        return 0.0
+    return math.exp(math.fsum(map(math.log, values)) / len(values))

@@ -1,0 +1,178 @@
+"""The verdict of a coordinate check: slopes with intervals, held against what is right.
+
+A slope is fitted by least squares of log2 value on log2 width over all widths and seeds, and
+has a 95% interval by Student's t. It is fitted again without the smallest width: an effect
+that fades when that width is left out is a small model's, not a law.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import pandas as pd
+
+from mutransfer.coord_expect import UNJUDGED, Expectation, Ladder, Thresholds, expectation
+from mutransfer.errors import UserError
+
+Verdict = Literal["PASS", "WARN", "FAIL"]
+SEVERITY: tuple[Verdict, ...] = ("PASS", "WARN", "FAIL")
+POOLED = 3
+"""Changes are judged on their geometric mean over the last so many measured steps."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fit:
+    """A slope of log2 value on log2 width, the ends of its 95% interval, and the refit."""
+
+    slope: float
+    low: float
+    high: float
+    slope_wide: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Quantity:
+    """One measured quantity and the verdict on it.
+
+    Attributes:
+        kind, name: What was measured, of which pattern; see `coord_measure`.
+        t: Last step that entered.
+        times: All steps that entered, as a geometric mean.
+        slope: Exponent of the width; `None` where there is none, as of zeros and infinities.
+        low, high: Its 95% interval.
+        slope_wide: The exponent without the smallest width.
+        expected: The right exponent.
+        two_sided: Whether too small a slope is judged as well.
+        warn, fail: Deviations upwards beyond which the slope warns and fails.
+        warn_below, fail_below: The same downwards, `None` where not judged.
+        verdict: PASS, WARN or FAIL.
+        cause: What a deviation means; empty for a PASS.
+        sentence: The verdict in plain words.
+    """
+
+    kind: str
+    name: str
+    t: int
+    times: tuple[int, ...]
+    slope: float | None
+    low: float | None
+    high: float | None
+    slope_wide: float | None
+    expected: float
+    two_sided: bool
+    warn: float
+    fail: float
+    warn_below: float | None
+    fail_below: float | None
+    verdict: Verdict
+    cause: str
+    sentence: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Unjudged:
+    """A quantity that is measured and shown but has no right or wrong here."""
+
+    kind: str
+    name: str
+    reason: str
+
+
+def student_t(degrees: int) -> float:
+    """97.5% quantile of Student's t: closed for 1 and 2, else Cornish-Fisher (0.1% at 3).
+
+    Abramowitz and Stegun 26.7.5.
+    """
+    if degrees < 1:
+        return math.inf
+    if degrees == 1:
+        return math.tan(0.475 * math.pi)
+    if degrees == 2:
+        return 0.95 * math.sqrt(2 / (4 * 0.975 * 0.025))
+    z, n = 1.959963984540054, degrees
+    return (
+        z
+        + (z**3 + z) / (4 * n)
+        + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * n**2)
+        + (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / (384 * n**3)
+        + (79 * z**9 + 776 * z**7 + 1482 * z**5 - 1920 * z**3 - 945 * z) / (92160 * n**4)
+    )
+
+
+def fit_slope(widths: Sequence[float], values: Sequence[float]) -> Fit:
+    """The slope of log2 `values` on log2 `widths`, pointwise pairs, all positive and finite.
+
+    Raises:
+        UserError: There are fewer than three widths.
+    """
+    x, y = np.log2(np.asarray(widths, float)), np.log2(np.asarray(values, float))
+    if len(set(x.tolist())) < 3:
+        raise UserError("too few widths for a slope and its error", where="widths",
+                        got=sorted(set(widths)), expected="at least 3")  # fmt: skip
+    dx = x - x.mean()
+    slope = float(dx @ y / (dx @ dx))
+    residual = y - y.mean() - slope * dx
+    degrees = len(x) - 2
+    error = math.sqrt(float(residual @ residual) / degrees / float(dx @ dx))
+    half = student_t(degrees) * error
+    wide = x > x.min()
+    wx = x[wide] - x[wide].mean()
+    return Fit(slope=slope, low=slope - half, high=slope + half,
+               slope_wide=float(wx @ y[wide] / (wx @ wx)))  # fmt: skip
+
+
+def decide(fit: Fit, right: Expectation) -> tuple[Verdict, bool]:
+    """The verdict on a slope, and whether it is only that the interval is too wide to tell.
+
+    FAIL: off by more than `fail`, surely by more than `warn`, and by more than `warn` in wide
+    models too. WARN: off by more than `warn`, surely off, and by half of that in wide models
+    too; or off by more than `fail` and not sure; or an interval wider than `fail` either way.
+    """
+    deviation = fit.slope - right.slope
+    upwards = deviation > 0
+    tolerance = right.above if upwards else right.below
+    half = (fit.high - fit.low) / 2
+    if tolerance is None:
+        return ("WARN", True) if fit.high - right.slope > right.above.fail else ("PASS", False)
+    sign = 1 if upwards else -1
+    surely = min(sign * (fit.low - right.slope), sign * (fit.high - right.slope))
+    wide, size = sign * (fit.slope_wide - right.slope), abs(deviation)
+    if size > tolerance.fail and surely > tolerance.warn and wide > tolerance.warn:
+        return "FAIL", False
+    if size > tolerance.warn and surely > 0 and wide > tolerance.warn / 2:
+        return "WARN", False
+    if size > tolerance.fail and wide > tolerance.warn / 2:
+        return "WARN", False
+    return ("WARN", True) if half > tolerance.fail else ("PASS", False)
+
+
+def judge(
+    frame: pd.DataFrame, ladder: Ladder, limits: Thresholds
+) -> tuple[tuple[Quantity, ...], tuple[Unjudged, ...]]:
+    """Verdicts on everything in the frame that has a right slope, and why the rest has none.
+
+    Args:
+        frame: Columns kind, name, t, width, seed, value.
+        ladder: The models of the check.
+        limits: The tolerances.
+    """
+    quantities, unjudged = [], []
+    for (kind, name), group in frame.groupby(["kind", "name"], sort=False):
+        right = expectation(str(kind), str(name), ladder, limits)
+        if right is None:
+            reason = UNJUDGED.get((str(kind), str(name)))
+            if reason is not None:
+                unjudged.append(Unjudged(kind=str(kind), name=str(name), reason=reason))
+            continue
+        table = group.pivot_table(index=["width", "seed"], columns="t", values="value",
+                                  dropna=False)  # fmt: skip
+        if not table.to_numpy().any() and kind in ("activation", "residual", "weight",
+                                                    "attention_logits", "logits"):  # fmt: skip
+            pass
+        found = _quantity(str(kind), str(name), table, right)
+        (quantities if isinstance(found, Quantity) else unjudged).append(found)
+    return tuple(quantities), tuple(unjudged)

@@ -1,0 +1,149 @@
+"""The commands around an experiment: init, coord-check, sweep, transfer-check, export."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from mutransfer.errors import UserError
+from mutransfer.files import write_text
+from sweeps.experiment import load_experiment
+from sweeps.pool import PoolConfig, cores
+from sweeps.workspace import Workspace
+
+Exp = Annotated[str, typer.Argument(metavar="EXP", help="Experiment file, or a shipped name.")]
+Out = Annotated[Path | None, typer.Option(help="Folder in place of runs/<experiment>.")]
+Workers = Annotated[int, typer.Option(min=0, help="Processes that train; 0 = one per core.")]
+Compile = Annotated[bool, typer.Option(help="torch.compile each shape once per process.")]
+
+
+def init(
+    file: Annotated[Path, typer.Argument(help="Where to write it.")] = Path("experiment.toml"),
+) -> None:
+    """Writes a commented experiment file.
+
+    Raises:
+        UserError: The file exists.
+    """
+    if file.exists():
+        raise UserError("file exists", where=str(file), cure="Name another one.")
+    write_text(file, (Path(__file__).parent / "template.toml").read_text(encoding="utf-8"))
+    print(f"wrote {file}; next: mutransfer coord-check {file}")
+
+
+def coord_check(exp: Exp, out: Out = None) -> int:
+    """Checks how activations, logits and updates grow with width; exits 1 on FAIL."""
+    from sweeps.coord import run_coord_check
+
+    workspace = open_workspace(exp, out)
+    with timed():
+        results = run_coord_check(workspace, progress=say)
+    own = [r for name, r in results.items() if name.split()[0] == workspace.experiment.parametrization]
+    for name, result in results.items():
+        kind = "" if result in own else " (contrast)"
+        print(f"\n{name}{kind}\n{result.summary()}")
+    verdict = max((r.verdict for r in own), key=("PASS", "WARN", "FAIL").index)
+    print(f"\ncoordinate check: {verdict}   -> {workspace.folder('coord-check')}/coord_check.png")
+    return int(verdict == "FAIL")
+
+
+def sweep(
+    exp: Exp,
+    out: Out = None,
+    trials: Annotated[
+        int | None, typer.Option(min=1, help="Trials in all, over every start.")
+    ] = None,
+    workers: Workers = 0,
+    storage: Annotated[
+        str | None, typer.Option(help="URL of an Optuna storage; a file in the run by default.")
+    ] = None,
+    compile: Compile = False,
+) -> None:
+    """Searches the base hyperparameters on the proxy; run it again to go on."""
+    from sweeps.sweep import run_sweep
+
+    quiet_optuna()
+    workspace = open_workspace(exp, out)
+    with timed():
+        params, best = run_sweep(
+            workspace, pool_config(workers, compile), trials=trials, storage=storage, progress=say
+        )
+    error = "" if best.standard_error is None else f" ± {best.standard_error:.4f}"
+    print(f"\nbest: trial {best.number}, held-out loss {best.mean_loss:.4f}{error} nats")
+    for name in workspace.experiment.search:
+        print(f"  {name:<22}{getattr(params, name):.5g}")
+    print(f"-> {workspace.folder('sweep')}/trials.csv")
+
+
+def transfer_check(exp: Exp, out: Out = None, workers: Workers = 0, compile: Compile = False) -> int:
+    """Checks that the best learning rate stays put over widths; exits 1 on FAIL."""
+    from sweeps.transfer import run_transfer_check
+
+    workspace = open_workspace(exp, out)
+    with timed():
+        result = run_transfer_check(workspace, pool_config(workers, compile), progress=say)
+    print(f"\n{result.summary()}")
+    print(f"-> {workspace.folder('transfer-check')}/transfer_check.png")
+    return int(result.verdict == "FAIL")
+
+
+def export(exp: Exp, out: Out = None) -> None:
+    """Writes the hyperparameter bundle for the experiment's target, with its evidence."""
+    from sweeps.export import run_export
+
+    bundle, path = run_export(open_workspace(exp, out))
+    evidence = bundle.evidence
+    assert evidence is not None and evidence.coord_check and evidence.transfer_check
+    print(f"bundle {bundle.sha256[:8]} -> {path}")
+    print(f"  coordinate check {evidence.coord_check.verdict}, "
+          f"transfer check {evidence.transfer_check.verdict}")  # fmt: skip
+
+
+def open_workspace(exp: str, out: Path | None) -> Workspace:
+    """The workspace of an experiment, with its sizes printed."""
+    workspace = Workspace(load_experiment(exp), out)
+    e = workspace.experiment
+    print(f"experiment {e.name} ({e.sha256[:8]}), {e.parametrization}")
+    for what, model in (("proxy", e.base), ("target", e.target)):
+        print(f"  {what}: d_model {model.d_model}, {model.n_layers} layers, "
+              f"{model.n_nonembedding:,} parameters without embeddings, "
+              f"{model.n_parameters:,} in all")  # fmt: skip
+    corpus = workspace.corpus
+    cut = " (cut at max_bytes)" if corpus.cut else ""
+    print(f"  text: {corpus.train_tokens:,} tokens{cut}, held out {corpus.heldout_tokens:,}; "
+          f"a proxy run makes {e.train.horizon_tokens / corpus.train_tokens:.2f} passes")  # fmt: skip
+    return workspace
+
+
+def pool_config(workers: int, compile: bool) -> PoolConfig:
+    """The pool for this machine."""
+    import torch
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return PoolConfig(workers=workers or (1 if device == "cuda" else cores()), device=device,
+                      compile=compile)  # fmt: skip
+
+
+def quiet_optuna() -> None:
+    """Our own lines say what Optuna's log would."""
+    import optuna
+
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+
+
+def say(line: str) -> None:
+    """One line of progress, at once."""
+    print(line, flush=True)
+
+
+@contextmanager
+def timed() -> Iterator[None]:
+    """Prints how long the body took."""
+    started = time.monotonic()
+    yield
+    print(f"took {time.monotonic() - started:.0f} s")
