@@ -67,7 +67,7 @@ def main() -> None:
 
             def done(job: Job, result: RunResult | None, a: str = arm) -> None:
                 assert result is not None
-                ledger.add(result)  # noqa: B023  (used before the next turn)
+                ledger.add(result)
                 say(a, f"fresh seed {job.tag}: {result.loss}")
 
             todo = iter([Job(spec, seed) for seed, spec in specs.items()

@@ -36,6 +36,8 @@ class Thresholds:
         product: Factor on `change` for attention logits, branch outputs (o, down) and the
             residual stream that sums them: each is a product of two changed factors (q and
             k, attention weights and values, gate and up), so the same error counts twice.
+            Also on `init` for branch outputs: what attention averages is one random table's
+            few tokens over and over, so that o scatters twice as much as the rest.
         logits_change_below: Change of the logits, downwards. Wide, because the first steps
             are not aligned yet and move wide models' logits less.
         weight: Initial weights; their RMS is known to about 1%.
@@ -140,19 +142,20 @@ def expectation(kind: str, name: str, ladder: Ladder, limits: Thresholds) -> Exp
     if kind not in ("activation", "residual", "attention_logits"):
         return None
     above = {
-        "activation": "the init std of the weights before it does not shrink with the fan-in",
+        "activation": "the init std of the weights before them does not shrink with the fan-in",
         "residual": "the branches outgrow the stream: their init or multiplier grows with width",
         "attention_logits": "the softmax scale, or the init of q and k, is too large in width",
     }
     below = {
-        "activation": "the init std of the weights before it shrinks too fast with the fan-in",
+        "activation": "the init std of the weights before them shrinks too fast with the fan-in",
         "residual": "the branches fade from the stream: their init or multiplier shrinks",
         "attention_logits": "the softmax scale, or the init of q and k, shrinks with width",
     }
     # Independent q and k give q.k ~ sqrt(head_dim) and the scale is 1/head_dim (TP-V Def. 4.1).
     slope = -0.5 * ladder.head_dim if kind == "attention_logits" else 0.0
-    return Expectation(slope=slope, above=limits.init, below=limits.init,
-                       cause_above=above[kind], cause_below=below[kind])  # fmt: skip
+    branch = kind == "activation" and ladder.module_role(name) == "hidden_out"
+    tolerance = limits.init.times(limits.product if branch else 1.0)
+    return _two_sided(slope, tolerance, above[kind], below[kind])
 
 
 def _outputs(kind: str, name: str, limits: Thresholds) -> Expectation:
@@ -161,7 +164,7 @@ def _outputs(kind: str, name: str, limits: Thresholds) -> Expectation:
     missing = "the output multiplier is not divided by the width"
     if kind == "loss":
         return Expectation(slope=0.0, above=limits.loss, below=None,
-                           cause_above=f"the initial logits grow, most likely {missing}")  # fmt: skip
+                           cause_above=f"the logits grow; most likely {missing}")  # fmt: skip
     if name == "self-token logits":
         return Expectation(slope=0.0, above=limits.self_logits, below=None, cause_above=missing)
     if name == "other-token logits":
@@ -203,34 +206,39 @@ def _change(kind: str, name: str, ladder: Ladder, limits: Thresholds) -> Expecta
 
 def _weights(kind: str, name: str, ladder: Ladder, limits: Thresholds) -> Expectation | None:
     """Initial weights and their updates (TP-V Table 8; 2603.00541 Table 3 for Muon)."""
-    role = ladder.roles[name]
-    fan_in, fan_out = ladder.fan_in[name], ladder.fan_out[name]
+    role, fan_in, fan_out = ladder.roles[name], ladder.fan_in[name], ladder.fan_out[name]
+    hidden = role in MATRIX_ROLES
     if kind == "weight":
-        if role in MATRIX_ROLES:
-            return Expectation(slope=-fan_in / 2, above=limits.weight, below=limits.weight,
-                               cause_above="its init std is not divided by the square root of the width",
-                               cause_below="its init std shrinks too fast with the width")  # fmt: skip
-        return Expectation(slope=0.0, above=limits.weight, below=limits.weight,
-                           cause_above="its initial values grow with the width",
-                           cause_below="its init is scaled like a hidden matrix's")  # fmt: skip
-    if role not in MATRIX_ROLES:
-        return Expectation(slope=0.0, above=limits.update, below=limits.update,
-                           cause_above="its learning rate grows with the width",
-                           cause_below="its learning rate is scaled like a hidden matrix's")  # fmt: skip
+        return _two_sided(
+            -fan_in / 2 if hidden else 0.0,
+            limits.weight,
+            "the init std is not divided by the square root of the width"
+            if hidden
+            else "the init grows with the width",
+            "the init std shrinks too fast with the width"
+            if hidden
+            else "the init is scaled like a hidden matrix's",
+        )
+    if not hidden:
+        grows = "the learning rate grows with the width"
+        return _two_sided(0.0, limits.update, grows, "the learning rate is scaled like a "
+                          "hidden matrix's")  # fmt: skip
     if ladder.optimizer != "muon":
-        causes = {
-            "cause_above": "its learning rate is not divided by the width",
-            "cause_below": "its learning rate shrinks faster than 1/width",
-        }
+        above = "the learning rate is not divided by the width"
+        below = "the learning rate shrinks faster than 1/width"
         if kind == "update":
-            return Expectation(slope=-fan_in, above=limits.update, below=limits.update, **causes)
-        return Expectation(slope=0.0, above=limits.norm_above, below=limits.norm_below, **causes)
-    causes = {
-        "cause_above": "its Muon step is not divided by the square root of the width",
-        "cause_below": "its Muon step is divided by the width where the square root is right",
-    }
+            return _two_sided(-fan_in, limits.update, above, below)
+        return Expectation(slope=0.0, above=limits.norm_above, below=limits.norm_below,
+                           cause_above=above, cause_below=below)  # fmt: skip
+    above = "Muon's step is not divided by the square root of the width"
+    below = "Muon's step is divided by the width where the square root is right"
     if kind == "update_norm":
-        return Expectation(slope=0.0, above=limits.muon_norm, below=limits.muon_norm, **causes)
+        return _two_sided(0.0, limits.muon_norm, above, below)
     # sqrt(out/in) times a matrix of min(out, in) unit singular values: RMS sqrt(min/(in*in)).
     slope = (min(fan_in, fan_out) - 2 * fan_in) / 2
-    return Expectation(slope=slope, above=limits.muon_update_above, below=None, **causes)
+    return Expectation(slope=slope, above=limits.muon_update_above, below=None, cause_above=above)
+
+
+def _two_sided(slope: float, tolerance: Tolerance, above: str, below: str) -> Expectation:
+    return Expectation(slope=slope, above=tolerance, below=tolerance,
+                       cause_above=above, cause_below=below)  # fmt: skip

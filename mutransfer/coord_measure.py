@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from mutransfer.errors import UserError
 from mutransfer.roles import MATRIX_ROLES, pattern_of
-from mutransfer.table import Row
+from mutransfer.table import Table
 
 Values = dict[tuple[str, str], float]
 """(kind, name) -> value, of one model at one step."""
@@ -31,7 +31,7 @@ class Recorder:
 
     Args:
         model: The model; it carries hooks only inside `watch`.
-        rows: The table's rows by fully qualified name.
+        table: The model's table, which tells its head.
         tokens: Ids that the model reads (batch, seq), to tell the logits of a position's own
             token from the others; `None` leaves them together.
 
@@ -42,15 +42,14 @@ class Recorder:
         UserError: The model is compiled, so that hooks would not see its modules.
     """
 
-    def __init__(
-        self, model: nn.Module, rows: Mapping[str, Row], tokens: Tensor | None = None
-    ) -> None:
+    def __init__(self, model: nn.Module, table: Table, tokens: Tensor | None = None) -> None:
         if hasattr(model, "_orig_mod"):
             raise UserError("the model is compiled, so hooks cannot see its modules",
                             where="Trainable.model", got=type(model).__name__,
                             cure="Return the model as it was before torch.compile.")  # fmt: skip
         self.head_dim: int | None = None
         self._model, self._tokens = model, tokens
+        rows = table.resolve(model)
         self._heads = {fqn.rpartition(".")[0] for fqn, row in rows.items() if row.role == "head"}
         self._blocks = {
             f"{name}.{index}" if name else index
@@ -119,7 +118,7 @@ class Recorder:
         if self._tokens.shape != logits.shape[:-1]:
             raise UserError("tokens do not belong to the logits", where="Trainable.tokens",
                             got=tuple(self._tokens.shape), expected=tuple(logits.shape[:-1]),
-                            cure="Give the ids that the model reads, targets left out.")  # fmt: skip
+                            cure="Give the ids that the model reads.")  # fmt: skip
         own = torch.zeros_like(logits, dtype=torch.bool)
         own.scatter_(-1, self._tokens.unsqueeze(-1), True)
         self._add("logits", "self-token logits", logits[own])
@@ -186,33 +185,38 @@ def operator_norm(matrix: Tensor) -> float:
 
 @torch.no_grad()
 def weight_values(
-    model: nn.Module, first: Mapping[str, Tensor], rows: Mapping[str, Row], *, initial: bool
+    model: nn.Module, first: Mapping[str, Tensor], table: Table, *, initial: bool
 ) -> Values:
-    """RMS of the weights (kind `weight`), or what they have moved since `first`.
+    """RMS of the initial weights, or how far they have moved.
+
+    Kinds are `weight`; or `update`, the RMS of the change, and of hidden matrices
+    `update_norm` (RMS-operator norm of it) and `update_ratio` (its Frobenius norm over the
+    initial weight's).
 
     Args:
         model: The model.
         first: Its weights at t = 0, by fully qualified name.
-        rows: The table's rows by the same names.
-        initial: `weight` alone; else `update` (RMS of the change), and of hidden matrices
-            `update_norm` (RMS-operator norm) and `update_ratio` (change over initial weight,
-            Frobenius).
+        table: Its table.
+        initial: Whether this is t = 0.
     """
+    rows = table.resolve(model)
     found: dict[tuple[str, str], list[float]] = {}
     for fqn, parameter in model.named_parameters():
-        pattern, weight = rows[fqn].pattern, first[fqn].float()
-        rms = math.sqrt(float(weight.square().mean()))
+        pattern, rms = rows[fqn].pattern, _rms(first[fqn].float())
         if initial:
             found.setdefault(("weight", pattern), []).append(rms)
             continue
-        change = parameter.float() - weight
-        moved = math.sqrt(float(change.square().mean()))
-        found.setdefault(("update", pattern), []).append(moved)
+        change = parameter.float() - first[fqn].float()
+        found.setdefault(("update", pattern), []).append(_rms(change))
         if rows[fqn].role in MATRIX_ROLES:
             found.setdefault(("update_norm", pattern), []).append(operator_norm(change))
             if rms:
-                found.setdefault(("update_ratio", pattern), []).append(moved / rms)
+                found.setdefault(("update_ratio", pattern), []).append(_rms(change) / rms)
     return typical(found)
+
+
+def _rms(x: Tensor) -> float:
+    return math.sqrt(float(x.square().mean()))
 
 
 def typical(found: Mapping[tuple[str, str], list[float]]) -> Values:

@@ -8,18 +8,25 @@ that fades when that width is left out is a small model's, not a law.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
 import pandas as pd
 
 from mutransfer.coord_expect import UNJUDGED, Expectation, Ladder, Thresholds, expectation
+from mutransfer.coord_text import sentence
 from mutransfer.errors import UserError
 
 Verdict = Literal["PASS", "WARN", "FAIL"]
-SEVERITY: tuple[Verdict, ...] = ("PASS", "WARN", "FAIL")
+INITIAL = frozenset({"activation", "residual", "attention_logits", "logits", "loss", "weight"})
+"""Kinds that are judged at t = 0."""
+
+DIVERGED = "the run diverges"
+DEAD = "it is zero at some widths only"
+STILL = "nothing moves it: frozen, in no optimizer group, or without a gradient"
+UNSURE = "too noisy to tell; more seeds would"
 POOLED = 3
 """Changes are judged on their geometric mean over the last so many measured steps."""
 
@@ -160,19 +167,71 @@ def judge(
         ladder: The models of the check.
         limits: The tolerances.
     """
-    quantities, unjudged = [], []
-    for (kind, name), group in frame.groupby(["kind", "name"], sort=False):
-        right = expectation(str(kind), str(name), ladder, limits)
+    quantities: list[Quantity] = []
+    unjudged: list[Unjudged] = []
+    for key, group in frame.groupby(["kind", "name"], sort=False):
+        kind, name = (str(part) for part in key)
+        right = expectation(kind, name, ladder, limits)
+        points = group.pivot(index=["width", "seed"], columns="t", values="value")
         if right is None:
-            reason = UNJUDGED.get((str(kind), str(name)))
-            if reason is not None:
-                unjudged.append(Unjudged(kind=str(kind), name=str(name), reason=reason))
-            continue
-        table = group.pivot_table(index=["width", "seed"], columns="t", values="value",
-                                  dropna=False)  # fmt: skip
-        if not table.to_numpy().any() and kind in ("activation", "residual", "weight",
-                                                    "attention_logits", "logits"):  # fmt: skip
-            pass
-        found = _quantity(str(kind), str(name), table, right)
-        (quantities if isinstance(found, Quantity) else unjudged).append(found)
+            if kind != "update_ratio":
+                unjudged.append(Unjudged(kind=kind, name=name, reason=UNJUDGED[kind, name]))
+        elif kind in INITIAL and not points[0].any():
+            unjudged.append(Unjudged(kind=kind, name=name, reason="zero at init, by choice"))
+        else:
+            quantities.append(_quantity(kind, name, points, right))
     return tuple(quantities), tuple(unjudged)
+
+
+def _quantity(kind: str, name: str, points: pd.DataFrame, right: Expectation) -> Quantity:
+    """The verdict on the values of one quantity: one row per width and seed, a column per t."""
+    times = _times(kind, points)
+    chosen = points[list(times)]
+    fit, cause = None, ""
+    verdict: Verdict = "FAIL"
+    odd = chosen[~(np.isfinite(chosen) & (chosen > 0)).all(axis=1)]
+    if len(odd):
+        finite = bool(np.isfinite(odd).all(axis=None))
+        where = ", ".join(str(width) for width in sorted(set(odd.index.get_level_values("width"))))
+        cause = f"{(STILL if times[0] else DEAD) if finite else DIVERGED} (width {where})"
+    else:
+        widths = [float(width) for width, _ in points.index]
+        fit = fit_slope(widths, np.exp2(np.log2(chosen).mean(axis=1)).tolist())
+        verdict, unsure = decide(fit, right)
+        if verdict != "PASS":
+            upwards = fit.slope > right.slope
+            cause = UNSURE if unsure else right.cause_above if upwards else right.cause_below
+    found = Quantity(
+        kind=kind,
+        name=name,
+        t=times[-1],
+        times=times,
+        slope=fit.slope if fit else None,
+        low=fit.low if fit else None,
+        high=fit.high if fit else None,
+        slope_wide=fit.slope_wide if fit else None,
+        expected=right.slope,
+        two_sided=right.below is not None,
+        warn=right.above.warn,
+        fail=right.above.fail,
+        warn_below=right.below.warn if right.below else None,
+        fail_below=right.below.fail if right.below else None,
+        verdict=verdict,
+        cause=cause,
+        sentence="",
+    )
+    return replace(found, sentence=sentence([found]))
+
+
+def _times(kind: str, points: pd.DataFrame) -> tuple[int, ...]:
+    """The steps to judge at: 0; the first that moves a weight at all; or the last ones.
+
+    Zero-initialized projections keep the gradients before them at zero for a step or two.
+    """
+    times = [int(t) for t in points.columns]
+    if kind in INITIAL:
+        return (0,)
+    alive = [t for t in times if t and bool((points[t] != 0).all())] or times[-1:]
+    if kind == "update":
+        return (alive[0],)
+    return tuple([t for t in alive if t > 1][-POOLED:] or alive[-1:])

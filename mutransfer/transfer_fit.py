@@ -36,6 +36,11 @@ class Curve:
     log2_lr: Floats
     loss: Floats
 
+    @property
+    def diverged(self) -> NDArray[np.bool_]:
+        """Learning rates at which any seed diverged, shape `(lr,)`."""
+        return np.asarray(np.isposinf(self.loss).any(axis=0))
+
     @cached_property
     def seed_levels(self) -> Floats:
         """What each seed adds to the loss at every learning rate, shape `(seed,)`.
@@ -44,7 +49,7 @@ class Curve:
         seeds they are. Fitted by least squares on loss = seed + learning rate, and zero too
         where the seeds share too few learning rates for that.
         """
-        ran = np.isfinite(self.loss)
+        ran = np.isfinite(self.loss) & ~self.diverged
         rows, columns = np.nonzero(ran)
         seeds, rates = np.unique(rows), np.unique(columns)
         levels = np.zeros(len(self.loss))
@@ -66,7 +71,7 @@ class Curve:
             Shape `(..., lr)`.
         """
         mean = weighted_mean(counts, self.loss - self.seed_levels[:, None])
-        mean[..., np.isposinf(self.loss).any(axis=0)] = math.inf
+        mean[..., self.diverged] = math.inf
         return mean
 
 

@@ -103,12 +103,11 @@ class Arm:
 
 def _seeds_behind(curve: Curve, point: Location) -> int:
     """Seeds with a finite loss at the best grid point and at those neighbours that have one."""
-    diverged = np.isinf(curve.loss)
     if point.best is None:
-        return int(diverged.any(axis=1).sum())
+        return int(np.isinf(curve.loss).any(axis=1).sum())
     three = [at for at in (point.left, point.best, point.right) if at is not None]
     ran = np.isfinite(curve.loss).sum(axis=0)
-    return int(min(ran[at] for at in three if not diverged[:, at].any()))
+    return int(min(ran[at] for at in three if not curve.diverged[at]))
 
 
 def optima(arm: Arm) -> list[Optimum]:
@@ -146,7 +145,7 @@ def _advice(curve: Curve, point: Location, seeds: int) -> str:
         return f"best at the lower end of the grid, {best}: extend it downwards"
     if point.right is None:
         return f"best at the upper end of the grid, {best}: extend it upwards"
-    cliff = point.right if np.isinf(curve.loss[:, point.right]).any() else point.left
+    cliff = point.right if curve.diverged[point.right] else point.left
     near = power(curve.log2_lr[cliff])
     return f"best at {best}, and {near} diverged: refine the grid between the two"
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
+from mutransfer.transfer_fit import Floats
 from mutransfer.transfer_frame import read_runs
 from mutransfer.transfer_result import ArmResult, TransferResult, drift_text, regret_text
 
@@ -51,7 +52,7 @@ def transfer_data(frame: pd.DataFrame, result: TransferResult) -> pd.DataFrame:
     )
 
 
-def loss_ceiling(losses: np.ndarray[tuple[int], np.dtype[np.float64]]) -> float:
+def loss_ceiling(losses: Floats) -> float:
     """Upper end of the loss axis: one run that nearly diverged must not flatten the minima.
 
     Four times as far above the lowest loss as the median is, or the highest loss if that is
@@ -72,6 +73,7 @@ def transfer_figure(frame: pd.DataFrame, result: TransferResult) -> Figure:
         result: What it made of them.
     """
     from matplotlib import colormaps
+    from matplotlib.colors import to_hex
     from matplotlib.figure import Figure
 
     data = transfer_data(frame, result)
@@ -81,7 +83,9 @@ def transfer_figure(frame: pd.DataFrame, result: TransferResult) -> Figure:
     grid = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
     widths = sorted(data["width"].unique())
     shades = np.linspace(0.0, 0.88, len(widths))
-    colours = {width: colormaps["viridis"](x) for width, x in zip(widths, shades, strict=True)}
+    colours = {
+        width: to_hex(colormaps["viridis"](x)) for width, x in zip(widths, shades, strict=True)
+    }
     finite = data["loss"].dropna().to_numpy()
     if finite.size:
         low, high = float(finite.min()), loss_ceiling(finite)
@@ -92,36 +96,40 @@ def transfer_figure(frame: pd.DataFrame, result: TransferResult) -> Figure:
             axes.set_visible(False)
             continue
         arm = result.arms[place]
-        for width, cells in data[data["arm"] == arm.arm].groupby("width"):
-            _draw_curve(axes, cells, colours[width])
-        _draw_optima(axes, arm, colours)
         axes.set_xscale("log", base=2)
+        axes.set_xlim(data["lr"].min() / 2**0.5, data["lr"].max() * 2**0.5)
+        for width, cells in data[data["arm"] == arm.arm].groupby("width"):
+            _draw_curve(axes, cells, colours[width], 0.98 - 0.025 * widths.index(width))
+        _draw_optima(axes, arm, colours)
         axes.grid(alpha=0.25, lw=0.6)
         axes.tick_params(labelbottom=True)
         axes.set_xlabel("base learning rate")
         axes.set_title(_title(arm), fontsize=10)
     for row in grid:
         row[0].set_ylabel("held-out loss (nats per token)")
-    _legend(figure, colours, diverged=bool(data["diverged"].any()))
+    shown = {
+        "best point, no optimum": any(not o.interior for arm in result.arms for o in arm.optima),
+        "a seed diverged": bool(data["diverged"].any()),
+        "above the axis": bool((data["loss"] > grid[0, 0].get_ylim()[1]).any()),
+    }
+    _legend(grid[0, -1], colours, shown={label for label, there in shown.items() if there})
     return figure
 
 
-def _draw_curve(axes: Axes, cells: pd.DataFrame, colour: tuple[float, ...]) -> None:
+def _draw_curve(axes: Axes, cells: pd.DataFrame, colour: str, edge: float) -> None:
+    """One curve; what lies above the axis goes to the height `edge`, a fraction of the axis."""
     top = axes.get_ylim()[1]
     held = cells["diverged"] == 0
     axes.errorbar(
         cells["lr"].where(held), cells["loss"].where(held), yerr=cells["error"],
         color=colour, marker="o", ms=3.5, lw=1.3, capsize=2, elinewidth=0.9,
     )  # fmt: skip
-    edge = axes.get_xaxis_transform()
-    axes.plot(cells["lr"][~held], np.full((~held).sum(), 0.98), "x", color=colour, ms=6,
-              transform=edge, clip_on=False)  # fmt: skip
-    above = held & (cells["loss"] > top)
-    axes.plot(cells["lr"][above], np.full(above.sum(), 0.975), "^", color=colour, ms=4.5,
-              transform=edge)  # fmt: skip
+    for marker, size, where in (("x", 6, ~held), ("^", 4.5, held & (cells["loss"] > top))):
+        axes.plot(cells["lr"][where], np.full(where.sum(), edge), marker, color=colour, ms=size,
+                  transform=axes.get_xaxis_transform())  # fmt: skip
 
 
-def _draw_optima(axes: Axes, arm: ArmResult, colours: dict[int, tuple[float, ...]]) -> None:
+def _draw_optima(axes: Axes, arm: ArmResult, colours: dict[int, str]) -> None:
     bottom, top = axes.get_ylim()
     left, right = axes.get_xlim()
     for optimum in arm.optima:
@@ -143,7 +151,8 @@ def _title(arm: ArmResult) -> str:
     return f"{arm.arm}{kind}: {arm.verdict}\n{drift_text(arm)}\n{regret_text(arm)}"
 
 
-def _legend(figure: Figure, colours: dict[int, tuple[float, ...]], *, diverged: bool) -> None:
+def _legend(axes: Axes, colours: dict[int, str], *, shown: set[str]) -> None:
+    """A legend of the widths, the optima and those other markers that are `shown`."""
     from matplotlib.lines import Line2D
 
     handles = [
@@ -153,9 +162,16 @@ def _legend(figure: Figure, colours: dict[int, tuple[float, ...]], *, diverged: 
     handles += [
         Line2D([], [], color="0.4", marker="*", ms=12, mec="black", lw=5, alpha=0.6,
                label="optimum, 95% interval"),
-        Line2D([], [], ls="", marker="o", mfc="none", mec="crimson", ms=10, mew=1.4,
-               label="best point, no optimum"),
     ]  # fmt: skip
-    if diverged:
-        handles.append(Line2D([], [], ls="", marker="x", color="0.3", label="a seed diverged"))
-    figure.legend(handles=handles, loc="outside right upper", fontsize=9, frameon=False)
+    others = {
+        "best point, no optimum": {"marker": "o", "mfc": "none", "mec": "crimson", "ms": 10},
+        "a seed diverged": {"marker": "x", "color": "0.3"},
+        "above the axis": {"marker": "^", "color": "0.3", "ms": 4.5},
+    }
+    handles += [
+        Line2D([], [], ls="", label=label, **style)  # type: ignore[arg-type]
+        for label, style in others.items()
+        if label in shown
+    ]
+    axes.legend(handles=handles, loc="upper left", bbox_to_anchor=(1.01, 1.0), fontsize=9,
+                frameon=False)  # fmt: skip

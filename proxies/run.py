@@ -52,9 +52,7 @@ class TrainConfig(BaseModel):
     @model_validator(mode="after")
     def _fractions(self) -> TrainConfig:
         if self.warmup + self.decay > 1:
-            raise ValueError(
-                f"warmup + decay must be at most 1; got {self.warmup} + {self.decay}"
-            )
+            raise ValueError(f"warmup + decay must be at most 1; got {self.warmup} + {self.decay}")
         return self
 
     @property
@@ -188,7 +186,7 @@ class Runner:
                 optimizers.hand_over(train.momentum)
             optimizers.set_lr(schedule.factor(step, train.steps))
             loss = loss_of(self._tensor(batches.at(step)))
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             if train.clip_norm is not None:
                 nn.utils.clip_grad_norm_(model.parameters(), train.clip_norm)
             optimizers.step()

@@ -43,7 +43,9 @@ def coord_check(exp: Exp, out: Out = None) -> int:
     workspace = open_workspace(exp, out)
     with timed():
         results = run_coord_check(workspace, progress=say)
-    own = [r for name, r in results.items() if name.split()[0] == workspace.experiment.parametrization]
+    own = [
+        r for name, r in results.items() if name.split()[0] == workspace.experiment.parametrization
+    ]
     for name, result in results.items():
         kind = "" if result in own else " (contrast)"
         print(f"\n{name}{kind}\n{result.summary()}")
@@ -80,7 +82,9 @@ def sweep(
     print(f"-> {workspace.folder('sweep')}/trials.csv")
 
 
-def transfer_check(exp: Exp, out: Out = None, workers: Workers = 0, compile: Compile = False) -> int:
+def transfer_check(
+    exp: Exp, out: Out = None, workers: Workers = 0, compile: Compile = False
+) -> int:
     """Checks that the best learning rate stays put over widths; exits 1 on FAIL."""
     from sweeps.transfer import run_transfer_check
 
@@ -98,7 +102,9 @@ def export(exp: Exp, out: Out = None) -> None:
 
     bundle, path = run_export(open_workspace(exp, out))
     evidence = bundle.evidence
-    assert evidence is not None and evidence.coord_check and evidence.transfer_check
+    assert evidence is not None
+    assert evidence.coord_check is not None
+    assert evidence.transfer_check is not None
     print(f"bundle {bundle.sha256[:8]} -> {path}")
     print(f"  coordinate check {evidence.coord_check.verdict}, "
           f"transfer check {evidence.transfer_check.verdict}")  # fmt: skip
@@ -115,8 +121,9 @@ def open_workspace(exp: str, out: Path | None) -> Workspace:
               f"{model.n_parameters:,} in all")  # fmt: skip
     corpus = workspace.corpus
     cut = " (cut at max_bytes)" if corpus.cut else ""
-    print(f"  text: {corpus.train_tokens:,} tokens{cut}, held out {corpus.heldout_tokens:,}; "
-          f"a proxy run makes {e.train.horizon_tokens / corpus.train_tokens:.2f} passes")  # fmt: skip
+    passes = e.train.horizon_tokens / corpus.train_tokens
+    print(f"  text: {corpus.train_tokens:,} tokens{cut}, {corpus.heldout_tokens:,} held out")
+    print(f"  a proxy run makes {passes:.2f} passes over it")
     return workspace
 
 

@@ -30,7 +30,6 @@ def run_coord_check(
         UserError: The text is too short, or a width does not fit the target.
     """
     import pandas as pd
-
     from mutransfer.coord_plot import coord_check_figure
 
     e, folder = workspace.experiment, workspace.folder("coord-check")
@@ -68,9 +67,7 @@ class _Factory:
         e, c = workspace.experiment, workspace.experiment.coord_check
         self._experiment, self._arm, self._optimizer = e, arm, optimizer
         # decay off: it shrinks what the check watches grow (its coupling is checked symbolically)
-        self._params = e.params.model_copy(
-            update={"lr": c.lr or e.params.lr, "weight_decay": 0.0}
-        )
+        self._params = e.params.model_copy(update={"lr": c.lr or e.params.lr, "weight_decay": 0.0})
         self._batches = Batches(
             workspace.corpus.train, seq_len=c.seq_len, batch_size=c.batch_size, seed=0
         )

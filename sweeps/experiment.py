@@ -198,5 +198,3 @@ def first_difference(a: Mapping[str, Any], b: Mapping[str, Any], prefix: str = "
             return first_difference(left, right, f"{name}.")
         return f"{name}: {left}, not {right}"
     return None
-
-

@@ -74,7 +74,9 @@ def versions() -> dict[str, str]:
 def _provenance(search: dict[str, Any], study: Study) -> dict[str, Any]:
     assert study.winner is not None
     swept = {"source": "study", "study": study.name, "trials": [study.winner.number]}
-    return {name: swept if name in search else {"source": "fixed"} for name in BaseParams.model_fields}
+    return {
+        name: swept if name in search else {"source": "fixed"} for name in BaseParams.model_fields
+    }
 
 
 def _coord_evidence(

@@ -43,7 +43,11 @@ class Ledger:
                 where=str(path),
                 cure="Wait for it, stop it, or give --out another folder.",
             ) from None
-        self._results = self._read()
+        try:
+            self._results = self._read()
+        except UserError:
+            self._file.close()
+            raise
 
     def _read(self) -> dict[str, RunResult]:
         self._file.seek(0)

@@ -1,157 +1,165 @@
-"""Pictures of a sweep: slices, parallel coordinates and importance, drawn from the study."""
+"""Plots of a sweep: parallel coordinates, slices and importance of the hyperparameters."""
 
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
+import numpy as np
 import optuna
 import pandas as pd
-from matplotlib.figure import Figure
-from optuna.trial import TrialState
 
-_KINDS = {
-    "complete": {"color": "tab:blue", "marker": "o"},
-    "pruned": {"color": "tab:gray", "marker": "x"},
-    "failed": {"color": "tab:red", "marker": "v"},
-}
+from mutransfer.transfer_plot import loss_ceiling
+from sweeps.plot_data import STATES, SweepData, importance_data, parallel_data, sweep_data
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+_COLOURS = {"PRUNED": "0.6", "FAIL": "tab:orange", "best": "crimson"}
 
 
-def sweep_data(study: optuna.Study) -> pd.DataFrame:
-    """One row per started trial: `number`, `kind`, `loss` and each searched hyperparameter.
+def sweep_figures(study: optuna.Study, best: int | None = None) -> dict[str, Figure]:
+    """All plots of a sweep, by file name without extension.
 
-    `kind` is complete, pruned or failed; `loss` is the held-out loss in nats, for a pruned
-    trial the last one reported, for a failed one NaN.
+    Args:
+        study: The study.
+        best: Number of the trial to mark; `None` is that with the lowest loss.
     """
-    rows = []
-    for t in study.get_trials(deepcopy=False):
-        if t.state in (TrialState.WAITING, TrialState.RUNNING) or not t.params:
-            continue
-        kind = {TrialState.COMPLETE: "complete", TrialState.PRUNED: "pruned"}.get(t.state, "failed")
-        last = max(t.intermediate_values, default=None)
-        loss = t.value if t.value is not None else math.nan
-        if kind == "pruned" and last is not None:
-            loss = t.intermediate_values[last]
-        rows.append({"number": t.number, "kind": kind, "loss": loss, **t.params})
-    return pd.DataFrame(rows)
-
-
-def importance_data(study: optuna.Study, seed: int = 0) -> dict[str, float]:
-    """Importance of each hyperparameter by PED-ANOVA (2304.10255), largest first; sums to 1.
-
-    Empty where fewer than four trials are complete or all have one loss.
-    """
-    from optuna.importance import PedAnovaImportanceEvaluator, get_param_importances
-
-    values = {t.value for t in study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))}
-    if len(values) < 4:
-        return {}
-    import warnings
-
-    with warnings.catch_warnings():
-        # the evaluator is marked experimental and warns of trials outside its quantile
-        warnings.simplefilter("ignore")
-        found = get_param_importances(study, evaluator=PedAnovaImportanceEvaluator())
-    return dict(sorted(found.items(), key=lambda item: -item[1]))
-
-
-def sweep_figures(study: optuna.Study) -> dict[str, Figure]:
-    """The pictures by file name, without a suffix."""
-    data = sweep_data(study)
-    figures = {
+    data = sweep_data(study, best)
+    return {
+        "parallel": parallel_figure(data),
         "slices": slice_figure(data),
-        "parallel_coordinates": parallel_figure(data),
+        "importance": importance_figure(*importance_data(study)),
     }
-    if importance := importance_data(study):
-        figures["importance"] = importance_figure(importance)
-    return figures
 
 
-def slice_figure(data: pd.DataFrame) -> Figure:
-    """Loss against each hyperparameter on a log axis; the best trial is starred."""
-    names = _names(data)
-    columns = min(3, len(names))
-    lines = -(-len(names) // columns)
-    figure = Figure(figsize=(4.2 * columns, 3.2 * lines), layout="constrained")
-    done = data[data.kind == "complete"]
-    for i, name in enumerate(names):
-        axes = figure.add_subplot(lines, columns, i + 1)
-        axes.set_xscale("log", base=2)
-        top = _top(data)
-        for kind, style in _KINDS.items():
-            part = data[data.kind == kind]
-            y = part.loss.fillna(top).clip(upper=top)
-            axes.scatter(part[name], y, s=18, label=kind, **style)  # type: ignore[arg-type]
-        if len(done):
-            best = done.loc[done.loss.idxmin()]
-            axes.scatter(best[name], best.loss, s=150, marker="*", color="tab:orange", label="best")
-        axes.set_xlabel(name)
-        axes.set_ylabel("held-out loss (nats)")
-        axes.grid(alpha=0.3)
-        if i == 0:
-            axes.legend(fontsize=8)
-    figure.suptitle(f"{len(data)} trials: loss against each hyperparameter (worse ones at the top edge)")
-    return figure
-
-
-def parallel_figure(data: pd.DataFrame) -> Figure:
-    """Complete trials as lines over the log-scaled hyperparameters, coloured by loss."""
-    names = _names(data)
-    done = data[data.kind == "complete"].sort_values("loss", ascending=False)
-    figure = Figure(figsize=(2 + 1.9 * len(names), 4.5), layout="constrained")
-    axes = figure.add_subplot()
+def parallel_figure(data: SweepData) -> Figure:
+    """One line per trial over axes of its hyperparameters and its loss, coloured by loss."""
     from matplotlib import colormaps
-    from matplotlib.cm import ScalarMappable
-    from matplotlib.colors import Normalize
+    from matplotlib.figure import Figure
 
-    norm = Normalize(done.loss.min(), done.loss.quantile(0.8)) if len(done) else Normalize(0, 1)
-    colors = colormaps["viridis_r"]
-    scaled = {}
-    for name in names:
-        low, high = data[name].min(), data[name].max()
-        span = math.log(high / low) or 1.0
-        scaled[name] = done[name].map(lambda v, low=low, span=span: math.log(v / low) / span)
-        x = len(scaled) - 1
-        axes.text(x, -0.06, f"{low:.3g}", ha="center", fontsize=8)
-        axes.text(x, 1.03, f"{high:.3g}", ha="center", fontsize=8)
-        axes.axvline(x, color="black", lw=0.6)
-    for index, loss in done.loss.items():
-        best = index == done.index[-1]
-        axes.plot(
-            range(len(names)),
-            [scaled[name][index] for name in names],
-            color="tab:orange" if best else colors(norm(loss)),
-            lw=2.5 if best else 0.9,
-            alpha=1 if best else 0.7,
-            label="best" if best else None,
-        )
-    axes.set_xticks(range(len(names)), names, fontsize=8)
-    axes.tick_params(axis="x", pad=14)
+    heights, ends = parallel_data(data)
+    names, places = [*data.parameters, "loss"], np.arange(heights.shape[1])
+    figure = Figure(figsize=(max(7.0, 1.6 * len(places)), 5), layout="constrained")
+    axes = figure.subplots()
+    for state, style in (("FAIL", ":"), ("PRUNED", "-")):
+        rows = heights[data.trials["state"] == state]
+        axes.plot(places, rows.T, style, color=_COLOURS[state], lw=0.8, alpha=0.6)
+    for row in data.complete.index:
+        axes.plot(places, heights[row], color=colormaps["viridis"](heights[row, -1]), lw=1,
+                  alpha=0.75)  # fmt: skip
+    for row in data.best_row.index:
+        axes.plot(places, heights[row], color=_COLOURS["best"], lw=2.5)
+    box = {"fc": "white", "ec": "none", "alpha": 0.7, "pad": 0.5}
+    for place, name in enumerate(names):
+        axes.axvline(place, color="black", lw=0.8)
+        low, high = ends[place]
+        for height in (0.0, 0.25, 0.5, 0.75, 1.0) if low < high else (0.5,):
+            value = low + (high - low) * height
+            if name in data.log:
+                value = low * (high / low) ** height
+            axes.annotate(f"{value:.3g}", (place, height), (3, 0), textcoords="offset points",
+                          fontsize=7.5, va="center", bbox=box)  # fmt: skip
+    axes.set_xticks(
+        places, ["\n".join(name.rsplit("_", 1)) for name in (*names[:-1], "loss_(nats)")]
+    )
+    axes.set_xlim(-0.1, len(places) - 1 + 0.45)
+    axes.set_ylim(-0.05, 1.05)
     axes.set_yticks([])
-    axes.set_ylim(-0.1, 1.1)
-    axes.set_title("Complete trials; each axis is logarithmic")
-    if len(done):
-        axes.legend(loc="upper left", fontsize=8)
-        figure.colorbar(ScalarMappable(norm, colors), ax=axes, label="held-out loss (nats)")
+    axes.spines[:].set_visible(False)
+    axes.set_title(_title(data))
+    _legend(axes, data, lines=True)
     return figure
 
 
-def importance_figure(importance: dict[str, float]) -> Figure:
-    """How much each hyperparameter tells good trials from the rest."""
-    figure = Figure(figsize=(6.5, 0.5 + 0.45 * len(importance)), layout="constrained")
-    axes = figure.add_subplot()
-    axes.barh(list(importance)[::-1], list(importance.values())[::-1], color="tab:blue")
-    axes.set_xlabel("importance (PED-ANOVA, share of 1)")
+def slice_figure(data: SweepData) -> Figure:
+    """Loss over each hyperparameter, cut off at `loss_ceiling`; trials without one on top."""
+    from matplotlib.figure import Figure
+
+    columns = min(3, len(data.parameters))
+    rows = math.ceil(len(data.parameters) / columns)
+    figure = Figure(figsize=(max(5.0, 4.0 * columns), 3.4 * rows + 0.6), layout="constrained")
+    grid = figure.subplots(rows, columns, sharey=True, squeeze=False)
+    complete, best = data.complete, data.best_row
+    losses = complete["loss"].to_numpy()
+    if losses.size:
+        low, high = float(losses.min()), loss_ceiling(losses)
+        margin = max(high - low, 1e-3)
+        grid[0, 0].set_ylim(low - 0.08 * margin, high + 0.2 * margin)
+        losses = losses.clip(max=high)
+    for place, axes in enumerate(grid.flat):
+        if place >= len(data.parameters):
+            axes.set_visible(False)
+            continue
+        name = data.parameters[place]
+        if name in data.log:
+            axes.set_xscale("log", base=2)
+            axes.xaxis.set_major_formatter(lambda x, _: _power_label(x))
+        axes.plot(complete[name], losses, "o", color="tab:blue", ms=4, alpha=0.6)
+        for state, marker, height in (("PRUNED", "v", 0.93), ("FAIL", "x", 0.98)):
+            x = data.trials.loc[data.trials["state"] == state, name]
+            axes.plot(x, np.full(len(x), height), marker, color=_COLOURS[state], ms=5, alpha=0.8,
+                      transform=axes.get_xaxis_transform())  # fmt: skip
+        axes.plot(best[name], best["loss"], "*", color=_COLOURS["best"], mec="black", mew=0.6,
+                  ms=14, zorder=5)  # fmt: skip
+        axes.set_xlabel(name)
+        axes.grid(alpha=0.25, lw=0.6)
+    for row in grid:
+        row[0].set_ylabel("held-out loss (nats)")
+    figure.suptitle(_title(data))
+    _legend(grid[0, -1], data, lines=False)
     return figure
 
 
-def _names(data: pd.DataFrame) -> list[str]:
-    return [name for name in data.columns if name not in ("number", "kind", "loss")]
+def _power_label(value: float) -> str:
+    """`8`, `0.5`, and below a quarter the power of two, as learning rates are quoted."""
+    return f"{value:.3g}" if value >= 0.25 else f"$2^{{{round(math.log2(value))}}}$"
 
 
-def _top(data: pd.DataFrame) -> float:
-    """The upper edge of the loss axis: good trials fill the picture, wild ones sit on it."""
-    losses = data.loss.dropna()
-    if losses.empty:
-        return 1.0
-    best, middle = losses.min(), losses.median()
-    return float(max(middle + 1.5 * (middle - best), best + 1e-3))
+def importance_figure(shares: pd.Series[float], note: str) -> Figure:
+    """Bars of `importance_data`, the largest on top; the note alone where there are none."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 1.4 + 0.42 * max(len(shares), 2)), layout="constrained")
+    axes = figure.subplots()
+    axes.set_title(f"importance of the hyperparameters\n{note}", fontsize=10)
+    if shares.empty:
+        axes.set_axis_off()
+        return figure
+    bars = axes.barh(list(shares.index), shares.to_numpy(), color="tab:blue")
+    axes.bar_label(bars, [f"{share:.0%}" for share in shares], padding=3)
+    axes.invert_yaxis()
+    axes.set_xlim(0, float(shares.max()) * 1.15)
+    axes.set_xlabel("share")
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+def _title(data: SweepData) -> str:
+    if data.best is None:
+        return "no trial is complete"
+    return f"best: trial {data.best}, loss {data.best_row['loss'].iloc[0]:.4f} nats"
+
+
+def _legend(axes: Axes, data: SweepData, *, lines: bool) -> None:
+    """A legend, beside the axes, of the states that occur, with their numbers of trials."""
+    from matplotlib.lines import Line2D
+
+    colours = {"COMPLETE": "tab:purple" if lines else "tab:blue", **_COLOURS}
+    markers = {"COMPLETE": "o", "PRUNED": "v", "FAIL": "x", "best": "*"}
+    words = {"COMPLETE": "complete", "PRUNED": "pruned", "FAIL": "failed"}
+    counts = data.trials["state"].value_counts()
+    texts = {state: f"{words[state]} ({counts[state]})" for state in STATES if state in counts}
+    if data.best is not None:
+        texts["best"] = f"trial {data.best}"
+    handles: list[Line2D] = []
+    for key, text in texts.items():
+        handle = Line2D([], [], color=colours[key], label=text)
+        if lines:
+            handle.set_linestyle(":" if key == "FAIL" else "-")
+        else:
+            handle.set(linestyle="", marker=markers[key])
+        handles.append(handle)
+    axes.legend(handles=handles, loc="upper left", bbox_to_anchor=(1.01, 1.0), fontsize=9,
+                frameon=False)  # fmt: skip

@@ -9,6 +9,7 @@ import multiprocessing
 import os
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -108,8 +109,9 @@ def run_jobs(
                 busy[connection] = job
             if not busy:
                 return
-            for connection in wait(list(busy)):
-                assert isinstance(connection, Connection)
+            for ready in wait(list(busy)):
+                assert isinstance(ready, Connection)
+                connection = ready
                 job = busy[connection]
                 try:
                     kind, *content = connection.recv()
@@ -155,10 +157,8 @@ def _run_inline(
     runner = _runner(config, corpus_folder)
     while (job := next_job()) is not None:
         result = None
-        try:
+        with suppress(Pruned):
             result = runner.run(job.spec, _bind(on_report, job))
-        except Pruned:
-            pass
         on_done(job, result)
 
 

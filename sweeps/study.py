@@ -28,6 +28,9 @@ Progress = Callable[[str], None]
 def open_study(experiment: Experiment, folder: Path, storage: str | None = None) -> optuna.Study:
     """Creates or resumes the study called like the experiment.
 
+    With the embedded storage the caller holds the experiment's ledger and so is alone here: a
+    lock on the journal is that of a killed process, which Optuna would wait half a minute for.
+
     Args:
         experiment: The experiment; a study of another one is refused.
         folder: Where the embedded storage, an Optuna journal, lies.
@@ -39,9 +42,10 @@ def open_study(experiment: Experiment, folder: Path, storage: str | None = None)
     from optuna.storages import BaseStorage, JournalStorage
     from optuna.storages.journal import JournalFileBackend
 
-    backend: BaseStorage | str = storage or JournalStorage(
-        JournalFileBackend(str(folder / "study.journal"))
-    )
+    journal = folder / "study.journal"
+    if storage is None:
+        journal.with_name(f"{journal.name}.lock").unlink(missing_ok=True)
+    backend: BaseStorage | str = storage or JournalStorage(JournalFileBackend(str(journal)))
     study = optuna.create_study(
         study_name=experiment.name, storage=backend, direction="minimize", load_if_exists=True
     )
@@ -51,7 +55,7 @@ def open_study(experiment: Experiment, folder: Path, storage: str | None = None)
     elif known != experiment.canonical:
         raise UserError(
             "a study of this name searches another experiment",
-            where=str(storage or folder / "study.journal").rsplit("@")[-1],
+            where=str(storage or journal).rsplit("@")[-1],
             got=first_difference(known, experiment.canonical),
             cure="Give the experiment another name, or --out another folder.",
         )

@@ -51,7 +51,7 @@ class Grid:
 
     def lr(self, cell: Cell) -> float:
         """The base learning rate of a cell."""
-        return self._params.lr * 2.0 ** (cell.index / self._step)
+        return self._params.lr * math.pow(2.0, cell.index / self._step)
 
     def spec(self, cell: Cell, seed: int) -> RunSpec:
         """One run of a cell."""

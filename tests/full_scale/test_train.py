@@ -225,7 +225,10 @@ def test_many_processes_are_refused(
 
 
 def test_exit_codes(
-    files: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    files: Files,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     bundle, recipe = files()
     words = ["train", "--bundle", str(bundle), "--recipe", str(recipe), "--out",

@@ -1,0 +1,94 @@
+"""What a coordinate check found, as data, as JSON and as text."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import pandas as pd
+
+from mutransfer.coord_text import SEVERITY, culprits, table
+from mutransfer.coord_verdict import Quantity, Unjudged, Verdict
+from mutransfer.symbolic import Finding
+
+SCHEMA_VERSION = 1
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class CoordCheckResult:
+    """Everything a coordinate check measured and concluded.
+
+    Attributes:
+        parametrization: Name of the rules that the tables came from.
+        optimizer: `adamw` or `muon`, for the hidden matrices.
+        widths, seeds, steps: What was run.
+        frame: Long table with the columns kind, name, t, width, seed, value.
+        quantities: One verdict per judged quantity.
+        exceptions: What is measured and not judged, and why.
+        symbolic: Disagreements between what was built and the table.
+    """
+
+    parametrization: str
+    optimizer: str
+    widths: tuple[int, ...]
+    seeds: int
+    steps: int
+    frame: pd.DataFrame
+    quantities: tuple[Quantity, ...]
+    exceptions: tuple[Unjudged, ...]
+    symbolic: tuple[Finding, ...]
+
+    @property
+    def measured_verdict(self) -> Verdict:
+        """The worst verdict of the quantities alone."""
+        return max((q.verdict for q in self.quantities), key=SEVERITY.index)
+
+    @property
+    def verdict(self) -> Verdict:
+        """The worst of all; any symbolic finding is a FAIL."""
+        return "FAIL" if self.symbolic else self.measured_verdict
+
+    @property
+    def culprits(self) -> tuple[str, ...]:
+        """What is wrong, in sentences, worst and most direct first."""
+        return culprits(self.quantities, self.symbolic)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data for a JSON file; a slope or bound that does not exist is null."""
+        record = {
+            "verdict": self.verdict,
+            "schema_version": SCHEMA_VERSION,
+            "parametrization": self.parametrization,
+            "optimizer": self.optimizer,
+            "widths": list(self.widths),
+            "seeds": self.seeds,
+            "steps": self.steps,
+            "culprits": list(self.culprits),
+            "quantities": [asdict(quantity) for quantity in self.quantities],
+            "exceptions": [asdict(exception) for exception in self.exceptions],
+            "symbolic": [asdict(finding) for finding in self.symbolic],
+        }
+        plain: dict[str, Any] = _plain(record)
+        return plain
+
+    def summary(self) -> str:
+        """A short table and the culprits, for a terminal."""
+        head = (
+            f"coordinate check of {self.parametrization} under {self.optimizer}: {self.verdict}",
+            f"  widths {', '.join(map(str, self.widths))}; {self.seeds} seeds; "
+            f"{self.steps} steps; slopes are exponents of the width",
+        )
+        symbolic = f"{len(self.symbolic)} differences from the table" if self.symbolic else "all"
+        groups = f"  optimizer groups, multipliers and init as in the table: {symbolic}"
+        told = [f"  - {line}" for line in self.culprits]
+        return "\n".join((*head, *table(self.quantities), groups, *told))
+
+
+def _plain(value: Any) -> Any:
+    """`value` with tuples as lists and numbers that JSON lacks as `None`."""
+    if isinstance(value, dict):
+        return {name: _plain(entry) for name, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,114 @@
+"""What a coordinate check says: one sentence per quantity, culprits merged, a short table."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from mutransfer.coord_verdict import Quantity, Verdict
+    from mutransfer.symbolic import Finding
+
+SUBJECTS = {
+    "weight": "initial weights of {}",
+    "update": "first updates of {}",
+    "update_norm": "operator norms of the updates of {}",
+    "logits": "{} at init",
+    "activation": "activations of {} at init",
+    "residual": "the residual stream at init",
+    "attention_logits": "attention logits at init",
+    "loss": "the loss at init",
+    "delta_activation": "changes in the activations of {}",
+    "delta_residual": "changes in the residual stream",
+    "delta_attention_logits": "changes in the attention logits",
+    "delta_logits": "changes in the {}",
+}
+"""What each kind is called, causes before their consequences: culprits are told in this order."""
+
+SEVERITY: tuple[Verdict, ...] = ("PASS", "WARN", "FAIL")
+
+
+def join_names(names: Sequence[str]) -> str:
+    """Patterns on one line, those with a common parent in braces: `a.{b,c}.weight, d`."""
+    suffix = ".weight" if all(name.endswith(".weight") for name in names) else ""
+    parents: dict[str, list[str]] = {}
+    for name in names:
+        parent, _, leaf = name.removesuffix(suffix).rpartition(".")
+        parents.setdefault(parent, []).append(leaf)
+    joined = []
+    for parent, leaves in parents.items():
+        leaf = leaves[0] if len(leaves) == 1 else "{" + ",".join(leaves) + "}"
+        joined.append((f"{parent}.{leaf}" if parent else leaf) + suffix)
+    return ", ".join(joined)
+
+
+def power(slopes: Iterable[float]) -> str:
+    """`width^-0.98`, or `width^-0.98…+0.02` for several."""
+    found = sorted(slopes)
+    ends = [f"{round(end, 2) + 0.0:+.2f}" for end in (found[0], found[-1])]
+    return "width^" + "…".join(dict.fromkeys(ends))
+
+
+def subject(kind: str, names: Sequence[str]) -> str:
+    """What a sentence about these patterns is about."""
+    return SUBJECTS[kind].format(join_names(names))
+
+
+def sentence(quantities: Sequence[Quantity]) -> str:
+    """One sentence about quantities of one kind, cause and right slope."""
+    first = quantities[0]
+    about = subject(first.kind, [quantity.name for quantity in quantities])
+    slopes = [quantity.slope for quantity in quantities if quantity.slope is not None]
+    if not slopes:
+        return f"{about}: {first.cause}"
+    verb = "scales" if about.startswith("the ") else "scale"
+    most = "" if first.two_sided else "at most "
+    right = f"{most}{power([first.expected])}"
+    text = f"{about} {verb} as {power(slopes)}, right is {right}"
+    return f"{text}: {first.cause}" if first.cause else text
+
+
+def culprits(quantities: Iterable[Quantity], findings: Iterable[Finding]) -> tuple[str, ...]:
+    """All that is wrong, worst first: the symbolic check, then causes, then consequences."""
+    by_field: dict[str, list[Finding]] = {}
+    for finding in findings:
+        by_field.setdefault(finding.field, []).append(finding)
+    told = []
+    for found in by_field.values():
+        more = len({finding.name for finding in found}) - 1
+        told.append(found[0].sentence + (f" (and {more} more like it)" if more else ""))
+    merged: dict[tuple[str, str, str, float], list[Quantity]] = {}
+    for quantity in quantities:
+        if quantity.verdict != "PASS":
+            key = (quantity.verdict, quantity.kind, quantity.cause, quantity.expected)
+            merged.setdefault(key, []).append(quantity)
+    kinds = list(SUBJECTS)
+    order = sorted(merged, key=lambda key: (-SEVERITY.index(key[0]), kinds.index(key[1])))
+    return (*told, *(sentence(merged[key]) for key in order))
+
+
+def table(quantities: Sequence[Quantity]) -> list[str]:
+    """One line per kind: how many curves, the one furthest off, and the worst verdict."""
+    lines = [f"  {'quantity':<38}{'curves':>7}  {'slope, furthest off':<30}{'right':>7}  verdict"]
+    for kind in SUBJECTS:
+        curves = [quantity for quantity in quantities if quantity.kind == kind]
+        if not curves:
+            continue
+        worst = max(curves, key=lambda q: (SEVERITY.index(q.verdict), excess(q)))
+        label = SUBJECTS[kind].replace(" of {}", "").replace("{}", "logits")
+        if worst.slope is None or worst.low is None or worst.high is None:
+            slope = "none"
+        else:
+            slope = f"{worst.slope:+.2f} [{worst.low:+.2f}, {worst.high:+.2f}]"
+        right = f"{'' if worst.two_sided else '≤ '}{worst.expected:+.1f}"
+        lines.append(f"  {label:<38}{len(curves):>7}  {slope:<30}{right:>7}  {worst.verdict}")
+    return lines
+
+
+def excess(quantity: Quantity) -> float:
+    """How far off a slope is, in units of what would fail."""
+    if quantity.slope is None:
+        return float("inf")
+    deviation = quantity.slope - quantity.expected
+    limit = quantity.fail if deviation > 0 else quantity.fail_below
+    return abs(deviation) / limit if limit else 0.0
