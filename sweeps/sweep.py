@@ -65,7 +65,7 @@ def run_sweep(
             "study": record.model_dump(mode="json"),
         },
     )
-    _draw(study, folder)
+    _draw(study, best.number, folder)
     return params, best
 
 
@@ -84,9 +84,9 @@ def _winner(study: Study) -> Trial:
     return study.winner
 
 
-def _draw(study: optuna.Study, folder: Path) -> None:
+def _draw(study: optuna.Study, best: int, folder: Path) -> None:
     from sweeps.plots import sweep_figures
 
-    for name, figure in sweep_figures(study).items():
+    for name, figure in sweep_figures(study, best).items():
         with atomic_path(folder / f"{name}.png") as path:
             figure.savefig(path, format="png", dpi=150)

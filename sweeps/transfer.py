@@ -72,11 +72,13 @@ class Grid:
 
     def train(self, pool: PoolConfig, progress: Progress) -> None:
         """Trains what is missing until no grid wants to grow."""
-        while missing := [
-            Job(spec, (cell, seed))
-            for cell, seed, spec in self.runs()
-            if self._ledger.get(spec.key) is None
-        ]:
+        growing = True
+        while growing:
+            missing = [
+                Job(spec, (cell, seed))
+                for cell, seed, spec in self.runs()
+                if self._ledger.get(spec.key) is None
+            ]
             left = len(missing)
 
             def done(job: Job, result: RunResult | None) -> None:
@@ -92,7 +94,7 @@ class Grid:
             waiting = iter(missing)
             # bound early: the loop below runs to its end before the next round begins
             run_jobs(pool, self._workspace.corpus.folder, lambda w=waiting: next(w, None), done)  # type: ignore[misc]
-            self._grow()
+            growing = self._grow()
 
     def frame(self) -> pd.DataFrame:
         """One row per run: arm, width, lr, seed, loss (NaN if diverged), epochs."""
@@ -114,7 +116,9 @@ class Grid:
             )
         return pd.DataFrame(rows)
 
-    def _grow(self) -> None:
+    def _grow(self) -> bool:
+        """Widens the grids whose best cell is on a border; false if there are none."""
+        before = sum(map(len, self._cells.values()))
         for (arm, width), indices in self._cells.items():
             best = min(indices, key=lambda i: self._mean(Cell(arm=arm, width=width, index=i)))
             first, last = min(indices), max(indices)
@@ -122,6 +126,7 @@ class Grid:
                 indices.update(range(max(first - self._step, -self._limit), first))
             elif best == last and last < self._limit:
                 indices.update(range(last + 1, min(last + self._step, self._limit) + 1))
+        return sum(map(len, self._cells.values())) > before
 
     def _mean(self, cell: Cell) -> float:
         losses = []
