@@ -7,16 +7,19 @@ and one green fan (what passes) serve all curves of a panel.
 
 from __future__ import annotations
 
+import textwrap
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
 
 from mutransfer.coord_result import CoordCheckResult
+from mutransfer.coord_text import SEVERITY
 from mutransfer.coord_verdict import Quantity
 
 if TYPE_CHECKING:
-    pass
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 PANELS = {
     "activation": "activations\nat init",
@@ -86,8 +89,11 @@ def _rows(q: Quantity, label: str, points: Any) -> list[dict[str, Any]]:
 
 def _spread(points: Any) -> list[dict[str, float]]:
     by_width = points.groupby(level="width")
-    table = pd.DataFrame({"mid": by_width.mean(), "low": by_width.min(), "high": by_width.max()})
-    return [{"width": width, **np.exp2(row).to_dict()} for width, row in table.iterrows()]
+    ends = zip(by_width.mean(), by_width.min(), by_width.max(), strict=True)
+    return [
+        {"width": float(width), "mid": 2.0**mid, "low": 2.0**low, "high": 2.0**high}
+        for width, (mid, low, high) in zip(by_width.groups, ends, strict=True)
+    ]
 
 
 def _label(q: Quantity) -> str:
@@ -100,3 +106,146 @@ def _label(q: Quantity) -> str:
         return words.get(q.kind, f"{q.name.removesuffix(' logits')} at init")
     parts = [part for part in q.name.split(".") if part not in ("layers", "*", "weight")]
     return parts[-1]
+
+
+def coord_check_figure(
+    result: CoordCheckResult, contrast: CoordCheckResult | None = None
+) -> Figure:
+    """Draws the check as small multiples, 1800 x 1000 pixels; a contrast is a second row.
+
+    Args:
+        result: The check that counts.
+        contrast: Another one to hold beside it, such as the standard parametrization's.
+    """
+    from matplotlib.figure import Figure
+
+    results = [result] if contrast is None else [result, contrast]
+    panels = list(dict.fromkeys(PANELS.values()))
+    columns = 4 if contrast is None else len(panels)
+    data = [coord_check_data(each) for each in results]
+    figure = Figure(figsize=(18, 10), dpi=100, layout="constrained")
+    head = 0.15 if contrast is not None else 0.08
+    bands: Any = figure.subfigures(2 * len(results) + 1, 1,
+                              height_ratios=[*[head, 1] * len(results), 0.08])  # fmt: skip
+    axes: list[list[Axes]] = []
+    for index, (each, frame) in enumerate(zip(results, data, strict=True)):
+        _headline(bands[2 * index], each)
+        band = bands[2 * index + 1]
+        grid = band.subplots(-(-len(panels) // columns), columns, squeeze=False).flatten()
+        axes.append(list(grid[: len(panels)]))
+        for axis, panel in zip(axes[-1], panels, strict=True):
+            _panel(axis, panel, each, frame[frame["panel"] == panel])
+        for axis in grid[::columns][: -(-len(panels) // columns)]:
+            axis.set_ylabel("size over the right size\n(narrowest = 1)", fontsize=11)
+        for spare in grid[len(panels) :]:
+            spare.set_axis_off()
+            told = [textwrap.fill(line, 46) for line in each.culprits[1:4]]
+            spare.text(0, 1, "\n\n".join(told), va="top", fontsize=11, in_layout=False)
+    for column in zip(*axes, strict=True):
+        _same_scale(column)
+    _legend(bands[-1], data)
+    return figure
+
+
+def _headline(band: Any, result: CoordCheckResult) -> None:
+    """The verdict of one check and its first reason, over its row."""
+    optimizer = {"adamw": "AdamW", "muon": "Muon"}[result.optimizer]
+    reason = (
+        f"all {len(result.quantities)} quantities keep their right size from width "
+        f"{min(result.widths)} to {max(result.widths)}: the curves are flat"
+    )
+    reason = textwrap.shorten(next(iter(result.culprits), reason), 210, placeholder=" …")
+    head = f"{result.parametrization}, {optimizer}: {result.verdict}"
+    band.text(0.01, 0.7, head, fontsize=18, fontweight="bold", va="center",
+              color=COLOURS[result.verdict])  # fmt: skip
+    band.text(0.01, 0.16, reason, fontsize=12, va="center")
+
+
+def _panel(axis: Axes, panel: str, result: CoordCheckResult, frame: pd.DataFrame) -> None:
+    verdicts = [q.verdict for q in result.quantities if PANELS.get(q.kind) == panel]
+    verdict = max(verdicts, key=SEVERITY.index, default="")
+    axis.set_title(panel, fontsize=12, loc="left")
+    axis.set_xscale("log", base=2)
+    axis.set_xticks(result.widths, [str(width) for width in result.widths], fontsize=10)
+    axis.minorticks_off()
+    axis.set_xlabel("width", fontsize=11)
+    if panel != PANELS["loss"]:
+        axis.set_yscale("log", base=2)
+    for (kind, name, label), curve in frame.groupby(["kind", "name", "label"], sort=False):
+        style = _style(str(kind), str(name), str(label), panel)
+        axis.plot(curve["width"], curve["mid"], marker="o", markersize=4, lw=1.8, **style)
+        axis.fill_between(curve["width"], curve["low"], curve["high"], alpha=0.12, lw=0,
+                          color=style["color"])  # fmt: skip
+    if panel != PANELS["loss"]:
+        _fan(axis, result.widths, frame)
+    if panel in (PANELS["logits"], PANELS["attention_logits"], PANELS["loss"]):
+        axis.legend(fontsize=9, frameon=False, loc="upper left")
+    if verdict:
+        axis.set_title(verdict, fontsize=14, loc="right", fontweight="bold",
+                       color=COLOURS[verdict])  # fmt: skip
+        for spine in axis.spines.values():
+            spine.set_color(COLOURS[verdict])
+            spine.set_linewidth(2)
+
+
+def _fan(axis: Axes, widths: tuple[int, ...], frame: pd.DataFrame) -> None:
+    """The dashed line that is right, and the slopes that pass for the most lenient curve.
+
+    Where a curve is judged upwards only, everything below is shaded too, more lightly.
+    """
+    ends, relative = [min(widths), max(widths)], np.array([1.0, max(widths) / min(widths)])
+    axis.plot(ends, [1, 1], ls="--", lw=1.5, color="black", zorder=3)
+    low, high = frame["slope_low"], frame["slope_high"]
+    shades = [(np.zeros(2) + 1e-9, 0.05)] if np.isinf(low).any() else []
+    if np.isfinite(low).any():
+        shades.append((relative ** low[np.isfinite(low)].min(), 0.12))
+    top = relative ** (high.max() if len(high) else 0.0)
+    limits = axis.get_ylim()
+    for bottom, alpha in shades:
+        axis.fill_between(ends, bottom, top, color=COLOURS["PASS"], alpha=alpha, lw=0, zorder=0)
+    axis.set_ylim(min(limits[0], relative[1] ** -0.1), max(limits[1], top[1]))
+
+
+def _style(kind: str, name: str, label: str, panel: str) -> dict[str, Any]:
+    """Colour by module, the same in every panel; shades of one colour for steps of the loss."""
+    from matplotlib import colormaps
+
+    if panel == PANELS["loss"]:
+        return {"color": colormaps["viridis"](min(0.9, np.log2(int(label.split()[1]) + 1) / 4)),
+                "label": label}  # fmt: skip
+    if panel in (PANELS["logits"], PANELS["attention_logits"]):
+        order = ["at init", "self-token at init", "other-token at init", "change"]
+        index = order.index(label) if label in order else 0
+        return {"color": colormaps["Dark2"]((0, 1, 0, 2)[index]), "label": label}
+    for index, line in enumerate(LINES):
+        if label == line or (line == "norm" and label.endswith("norm")):
+            return {"color": colormaps["tab10"](index)}
+    return {"color": "black"}
+
+
+def _same_scale(column: tuple[Axes, ...]) -> None:
+    """One scale for a panel in all rows, never narrower than a factor of four."""
+    low = min(axis.get_ylim()[0] for axis in column)
+    high = max(axis.get_ylim()[1] for axis in column)
+    for axis in column:
+        if axis.get_yscale() == "log":
+            axis.set_ylim(min(low, 0.25), max(high, 4.0))
+        else:
+            axis.set_ylim(low, high + 0.4 * (high - low))  # room for the legend
+
+
+def _legend(band: Any, data: list[pd.DataFrame]) -> None:
+    from matplotlib.lines import Line2D
+    from matplotlib.patches import Patch
+
+    labels = dict.fromkeys(str(label) for frame in data for label in frame["label"])
+    shown = [line for line in LINES if line in labels or line == "norm"]
+    others = [label for label in labels if label == "residual stream"]
+    colours = [_style("", "", label, "")["color"] for label in (*shown, *others)]
+    handles: list[Any] = [
+        Line2D([], [], color=colour, lw=2.5, label=label)
+        for label, colour in zip((*shown, *others), colours, strict=True)
+    ]
+    handles.append(Line2D([], [], color="black", ls="--", label="right"))
+    handles.append(Patch(color=COLOURS["PASS"], alpha=0.15, label="slopes that pass"))
+    band.legend(handles=handles, loc="center", ncols=len(handles), frameon=False, fontsize=12)

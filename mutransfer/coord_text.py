@@ -29,16 +29,15 @@ SEVERITY: tuple[Verdict, ...] = ("PASS", "WARN", "FAIL")
 
 
 def join_names(names: Sequence[str]) -> str:
-    """Patterns on one line, those with a common parent in braces: `a.{b,c}.weight, d`."""
-    suffix = ".weight" if all(name.endswith(".weight") for name in names) else ""
+    """Patterns on one line, without `.weight`, those with one parent in braces: `a.{b,c}, d`."""
     parents: dict[str, list[str]] = {}
     for name in names:
-        parent, _, leaf = name.removesuffix(suffix).rpartition(".")
+        parent, _, leaf = name.removesuffix(".weight").rpartition(".")
         parents.setdefault(parent, []).append(leaf)
     joined = []
     for parent, leaves in parents.items():
         leaf = leaves[0] if len(leaves) == 1 else "{" + ",".join(leaves) + "}"
-        joined.append((f"{parent}.{leaf}" if parent else leaf) + suffix)
+        joined.append(f"{parent}.{leaf}" if parent else ", ".join(leaves))
     return ", ".join(joined)
 
 

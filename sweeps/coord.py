@@ -30,6 +30,7 @@ def run_coord_check(
         UserError: The text is too short, or a width does not fit the target.
     """
     import pandas as pd
+
     from mutransfer.coord_plot import coord_check_figure
 
     e, folder = workspace.experiment, workspace.folder("coord-check")

@@ -42,7 +42,7 @@ def test_a_table_that_the_rules_do_not_reproduce(
 ) -> None:
     table = bundle.table.model_dump(mode="json")
     table["rows"][2]["optimizers"]["adamw"]["lr"] *= 1.001
-    with pytest.raises(UserError, match="optimizers.adamw.lr"):
+    with pytest.raises(UserError, match=r"optimizers\.adamw\.lr"):
         admit(make_bundle(table=table), recipe, accept_unverified=True)
 
 
@@ -103,5 +103,5 @@ def test_data(bundle: Bundle, corpus: Corpus) -> None:
     (note,) = admit_data(bundle, other)
     assert "another corpus" in note
     for field, value in (("vocab_size", 257), ("tokenizer_fingerprint", "f" * 64)):
-        with pytest.raises(UserError, match="another (vocabulary|tokenizer)"):
+        with pytest.raises(UserError, match=r"another (vocabulary|tokenizer)"):
             admit_data(bundle, dataclasses.replace(corpus, **{field: value}))

@@ -38,9 +38,9 @@ def test_a_line_that_is_not_whole_is_cut(tmp_path: Path, rest: str) -> None:
 
 
 def test_what_json_cannot_hold_is_refused(tmp_path: Path) -> None:
-    with Metrics(tmp_path, step=0) as metrics:
-        with pytest.raises(ValueError, match="not JSON compliant"):
-            metrics.write("train", step=1, tokens=1, loss=float("nan"))
+    refused = pytest.raises(ValueError, match="not JSON compliant")
+    with Metrics(tmp_path, step=0) as metrics, refused:
+        metrics.write("train", step=1, tokens=1, loss=float("nan"))
     assert read_metrics(tmp_path) == []
     assert read_metrics(tmp_path / "absent") == []
 

@@ -81,8 +81,12 @@ def test_a_run_leaves_its_result_behind(
     folder = run("whole")
     assert folder == tmp_path / "whole"
     printed = capsys.readouterr().out
-    for part in ("decay: 4 steps × 4 sequences × 16 tokens, lr/peak 1 → 0.25 (wsd_exponential), "
-                 "muon", "hand-over at step 10", "held-out loss", "accepted unverified"):  # fmt: skip
+    for part in (
+        "decay: 4 steps × 4 sequences × 16 tokens, lr/peak 1 → 0.25 (wsd_exponential), muon",
+        "hand-over at step 10",
+        "held-out loss",
+        "accepted unverified",
+    ):
         assert part in printed
     content = json.loads((folder / "run.json").read_text(encoding="utf-8"))
     assert content["steps"] == 16
@@ -118,7 +122,7 @@ def test_the_default_folder_is_named_by_recipe_and_bundle(
     assert run_folder(bundle, entry.load_recipe(paths[1])) == folder
 
 
-@pytest.mark.parametrize("number", [1, 7, 9, 10, 16])
+@pytest.mark.parametrize("number", [1, 9, 10, 16])
 def test_a_signal_saves_and_the_same_command_goes_on(
     run: Callable[..., Path | None],
     tmp_path: Path,
@@ -179,7 +183,7 @@ def test_another_recipe_in_the_same_folder_is_refused(
     run: Callable[..., Path | None], tmp_path: Path
 ) -> None:
     run("whole")
-    with pytest.raises(UserError, match="another recipe; .*--out"):
+    with pytest.raises(UserError, match=r"another recipe; .*--out"):
         run("whole", seed=1)
     run("whole", log_every=5)  # how often something is logged is no other run
 
@@ -190,10 +194,11 @@ def test_steps_that_are_not_finite_end_the_run(
     original = Trainer._loss
 
     def broken(self: Trainer, tokens: torch.Tensor) -> torch.Tensor:
-        return original(self, tokens) * (math.nan if self.step in (2, 6, 7, 8) else 1)
+        bad = torch.is_grad_enabled() and self.step in (2, 6, 7, 8)
+        return original(self, tokens) * (math.nan if bad else 1)
 
     monkeypatch.setattr(Trainer, "_loss", broken)
-    with pytest.raises(UserError, match="3 steps, the last with loss nan.*max_skipped = 3"):
+    with pytest.raises(UserError, match=r"3 steps, the last with loss nan.*max_skipped = 3"):
         run("broken", max_skipped=3)
     lines = [x for x in read_metrics(tmp_path / "broken") if x["kind"] == "skipped"]
     assert [line["step"] for line in lines] == [3, 7, 8, 9]
