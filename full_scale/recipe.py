@@ -87,8 +87,8 @@ class Conversion(BaseModel):
     batch_rule: Literal["sqrt", "constant"] | None = Field(
         None,
         description="for another batch: `sqrt` multiplies the peak learning rates by "
-        "sqrt(B / tuned B) (Malladi et al., 2205.10287, without their change of betas and eps); "
-        "`constant` leaves them",
+        "sqrt(B / tuned B) (Malladi et al., 2205.10287, without their change of betas and eps; "
+        "coupled weight decay stays, so lr * wd follows); `constant` leaves them",
     )
     horizon_rule: Literal["constant"] | None = Field(
         None, description="for another number of tokens: `constant` leaves the learning rates"

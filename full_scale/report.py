@@ -82,6 +82,7 @@ def summary(recipe: Recipe, records: list[Record], **facts: object) -> dict[str,
 def draw(data: Curves, title: str) -> Figure:
     """Loss over tokens with the phases shaded, and the learning rate below it."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import EngFormatter
 
     figure = Figure(figsize=(9, 6), layout="constrained")
     loss, rate = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
@@ -104,8 +105,9 @@ def draw(data: Curves, title: str) -> Figure:
     rate.set_ylim(0, 1.05)
     rate.set_xlim(0, data.phases[-1][2])
     rate.set_xlabel("tokens")
-    loss.legend(loc="upper right")
-    loss.set_title(title)
+    rate.xaxis.set_major_formatter(EngFormatter(sep=""))
+    figure.suptitle(title)
+    figure.legend(loc="outside upper center", ncols=3, frameon=False)
     return figure
 
 
