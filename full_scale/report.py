@@ -106,8 +106,8 @@ def draw(data: Curves, title: str) -> Figure:
     rate.set_xlim(0, data.phases[-1][2])
     rate.set_xlabel("tokens")
     rate.xaxis.set_major_formatter(EngFormatter(sep=""))
-    figure.suptitle(title)
-    figure.legend(loc="outside upper center", ncols=3, frameon=False)
+    loss.set_title(title)
+    figure.legend(loc="outside lower center", ncols=3, frameon=False)
     return figure
 
 

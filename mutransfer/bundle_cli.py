@@ -16,7 +16,7 @@ from rich.console import Console, RenderableType
 from rich.table import Table as Grid
 
 from mutransfer.bundle import Bundle
-from mutransfer.bundle_evidence import CoordCheck, TransferCheck
+from mutransfer.bundle_evidence import CoordCheck, TransferCheck, mean_and_error
 from mutransfer.bundle_verify import differences
 from mutransfer.errors import UserError
 from mutransfer.rules import BaseParams
@@ -141,11 +141,10 @@ def _evidence(bundle: Bundle) -> Iterator[str]:
     study, winner = evidence.study, evidence.study.winner
     yield "Evidence"
     if winner is not None:
-        error = winner.standard_error
+        mean, error = mean_and_error(list(winner.losses.values()))
         spread = "" if error is None else f" ± {error:.4f}"
         place = f"trial {winner.number} of {len(study.trials)} has the lowest held-out loss"
-        mean = f"{winner.mean_loss:.4f}{spread} nats over {len(study.seeds)} seeds"
-        yield f"  sweep: {place}, {mean}"
+        yield f"  sweep: {place}, {mean:.4f}{spread} nats over {len(study.seeds)} seeds"
     yield f"  coordinate check: {_coord(evidence.coord_check)}"
     yield f"  transfer check: {_transfer(evidence.transfer_check)}"
     if evidence.transfer_check is not None:

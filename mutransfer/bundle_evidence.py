@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from mutransfer.transfer_measure import Estimate
 
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+Loss = Annotated[float, Field(ge=-1e6, le=1e6)]
 Verdict = Literal["PASS", "WARN", "FAIL"]
 State = Literal["COMPLETE", "PRUNED", "FAIL", "INTERRUPTED", "RUNNING", "WAITING"]
 SEVERITY: tuple[Verdict, ...] = ("PASS", "WARN", "FAIL")
@@ -34,7 +35,7 @@ class Trial(Record):
     number: int = Field(ge=0)
     state: State
     params: dict[str, float]
-    losses: dict[str, float]
+    losses: dict[str, Loss]
     mean_loss: float | None = Field(description="null without losses")
     standard_error: float | None = Field(description="null with fewer than two losses")
 
@@ -73,12 +74,15 @@ class Study(Record):
 
 
 class Slope(Record):
-    """One line of the coordinate check: slope of log2 quantity on log2 width at step `t`."""
+    """One line of the coordinate check: slope of log2 quantity on log2 width at step `t`.
+
+    Slope and interval are null where a quantity is zero or infinite.
+    """
 
     kind: str
     name: str
     t: int
-    slope: float
+    slope: float | None
     low: float | None
     high: float | None
     expected: float | None
@@ -90,7 +94,7 @@ class CoordCheck(Record):
 
     verdict: Verdict
     result_sha256: Sha256
-    slopes: tuple[Slope, ...]
+    slopes: tuple[Slope, ...] = Field(min_length=1)
 
 
 class Optimum(Record):

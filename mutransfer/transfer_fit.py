@@ -159,19 +159,37 @@ def parabola_vertex(x: Floats, y: Floats) -> float:
 
 
 def value_at(x: float, log2_lr: Floats, loss: Floats) -> float:
-    """Loss at `x` on the parabola through the three grid points nearest to it.
+    """Loss at `x` between grid points, on overlapping parabolas.
 
-    Beside a learning rate that diverged, where there is no parabola, it is the loss of the
-    nearest grid point, which is infinite if that is the one that diverged. NaN outside the grid
-    and where one of the points was not run.
+    Between two grid points it goes over, in proportion to the distance, from the parabola
+    through them and the point before to the one through them and the point after; so it is
+    continuous, and an optimum that a resample moves across a midpoint moves its loss by no
+    jump. At the ends of the grid, and two points from a learning rate that diverged, there is
+    one parabola. Beside such a learning rate there is none: there it is the loss of the nearest
+    grid point, which is infinite if that is the one that diverged. NaN outside the grid and where one of the points was not run.
     """
     if not log2_lr.size or not log2_lr[0] <= x <= log2_lr[-1]:
         return math.nan
-    nearest = int(np.argmin(np.abs(log2_lr - x)))
-    start = min(max(nearest - 1, 0), len(log2_lr) - 3)
-    if start < 0 or np.isinf(loss[start : start + 3]).any():
-        return float(loss[nearest])
-    (a, b, c), y = log2_lr[start : start + 3], loss[start : start + 3]
+    last = len(log2_lr) - 1
+    at = max(min(int(np.searchsorted(log2_lr, x, side="right")) - 1, last - 1), 0)
+    starts = [
+        start
+        for start in (at - 1, at)
+        if 0 <= start <= last - 2 and not np.isinf(loss[start : start + 3]).any()
+    ]
+    if not starts:
+        return float(loss[np.argmin(np.abs(log2_lr - x))])
+    before, after = (
+        _parabola(x, log2_lr[start : start + 3], loss[start : start + 3])
+        for start in (starts[0], starts[-1])
+    )
+    share = (x - log2_lr[at]) / (log2_lr[at + 1] - log2_lr[at])
+    return float(before + share * (after - before))
+
+
+def _parabola(x: float, places: Floats, y: Floats) -> float:
+    """The parabola through three points, at `x` (Lagrange's form)."""
+    a, b, c = places
     weights = (
         (x - b) * (x - c) / ((a - b) * (a - c)),
         (x - a) * (x - c) / ((b - a) * (b - c)),

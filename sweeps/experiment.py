@@ -104,6 +104,9 @@ class TransferCheckConfig(BaseModel):
     model_config = _RECORD
     widths: tuple[int, ...] = Field((32, 64, 128), min_length=2, description="d_model")
     seeds: int = Field(3, ge=1, le=100)
+    contrast_seeds: int | None = Field(
+        None, ge=1, le=100, description="seeds of the contrast arms; None = as many"
+    )
     octaves: int = Field(2, ge=1, le=20, description="grid reaches so far to both sides")
     per_octave: int = Field(1, ge=1, le=8, description="grid points per doubling of lr")
     extend: int = Field(4, ge=0, le=20, description="octaves added while an optimum is on a border")

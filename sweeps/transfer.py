@@ -40,7 +40,9 @@ class Grid:
     def __init__(self, workspace: Workspace, params: BaseParams, ledger: Ledger) -> None:
         self._workspace, self._params, self._ledger = workspace, params, ledger
         e, c = workspace.experiment, workspace.experiment.transfer_check
-        self._step, self._seeds = c.per_octave, range(c.seeds)
+        self._step = c.per_octave
+        self._seeds = dict.fromkeys(e.contrast, range(c.contrast_seeds or c.seeds))
+        self._seeds[e.parametrization] = range(c.seeds)
         self._limit = (c.octaves + c.extend) * c.per_octave
         reach = range(-c.octaves * c.per_octave, c.octaves * c.per_octave + 1)
         self._cells = {
@@ -67,7 +69,7 @@ class Grid:
         for (arm, width), indices in sorted(self._cells.items(), key=lambda item: item[0][1]):
             for index in sorted(indices):
                 cell = Cell(arm=arm, width=width, index=index)
-                for seed in self._seeds:
+                for seed in self._seeds[arm]:
                     yield cell, seed, self.spec(cell, seed)
 
     def train(self, pool: PoolConfig, progress: Progress) -> None:
@@ -130,7 +132,7 @@ class Grid:
 
     def _mean(self, cell: Cell) -> float:
         losses = []
-        for seed in self._seeds:
+        for seed in self._seeds[cell.arm]:
             result = self._ledger.get(self.spec(cell, seed).key)
             assert result is not None
             losses.append(math.inf if result.loss is None else result.loss)

@@ -101,11 +101,19 @@ def test_value_outside_the_grid_or_where_nothing_ran_is_unknown() -> None:
 
 
 @pytest.mark.parametrize(
-    ("x", "expected"), [(-7.6, 4 - 0.4), (-7.4, 3.0), (-6.6, 3.0), (-6.4, INF), (-5.0, INF)]
+    ("x", "expected"), [(-7.6, 4 - 0.4), (-7.4, 4 - 0.6), (-6.6, 3.0), (-6.4, INF), (-5.0, INF)]
 )
 def test_value_beside_a_cliff_is_that_of_the_nearest_grid_point(x: float, expected: float) -> None:
-    loss = np.array([5.0, 4.0, 3.0, INF, INF, INF])  # a line up to -7; around -8 it is exact
+    loss = np.array([5.0, 4.0, 3.0, INF, INF, INF])  # a line up to -7
     assert value_at(x, GRID, loss) == pytest.approx(expected)
+
+
+def test_value_is_continuous_across_grid_points_and_midpoints() -> None:
+    loss = np.array([3.0, 2.2, 2.0, 2.1, 2.9, 3.4])  # no parabola
+    for x in [*GRID[1:-1], *(GRID[:-1] + 0.5)]:
+        below, above = value_at(x - 1e-9, GRID, loss), value_at(x + 1e-9, GRID, loss)
+        assert below == pytest.approx(above, abs=1e-7)
+    assert [value_at(x, GRID, loss) for x in GRID] == pytest.approx(loss)
 
 
 def test_mean_is_that_of_the_repeated_seeds() -> None:
