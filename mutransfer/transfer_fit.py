@@ -166,7 +166,8 @@ def value_at(x: float, log2_lr: Floats, loss: Floats) -> float:
     continuous, and an optimum that a resample moves across a midpoint moves its loss by no
     jump. At the ends of the grid, and two points from a learning rate that diverged, there is
     one parabola. Beside such a learning rate there is none: there it is the loss of the nearest
-    grid point, which is infinite if that is the one that diverged. NaN outside the grid and where one of the points was not run.
+    grid point, which is infinite if that is the one that diverged. NaN outside the grid and
+    where one of the points was not run.
     """
     if not log2_lr.size or not log2_lr[0] <= x <= log2_lr[-1]:
         return math.nan
