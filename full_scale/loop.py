@@ -9,10 +9,10 @@ from pathlib import Path
 from full_scale import checkpoint
 from full_scale.checkpoint import Identity
 from full_scale.metrics import Metrics
-from full_scale.progress import Display
 from full_scale.stopping import Request
 from full_scale.trainer import Step, Trainer
 from mutransfer.errors import UserError
+from mutransfer.progress import Report
 from mutransfer.roles import MATRIX_ROLES
 
 
@@ -27,7 +27,7 @@ class Loop:
         identity: What its checkpoints belong to.
         folder: Of the run; checkpoints go to `checkpoints/` in it.
         metrics: The record.
-        display: What the user sees.
+        say: Takes what the user sees.
         request: Whether to stop between two steps.
     """
 
@@ -38,12 +38,12 @@ class Loop:
         identity: Identity,
         folder: Path,
         metrics: Metrics,
-        display: Display,
+        say: Report,
         request: Request,
     ) -> None:
         self.trainer, self.identity = trainer, identity
         self.checkpoints = folder / "checkpoints"
-        self.metrics, self.display, self.request = metrics, display, request
+        self.metrics, self.say, self.request = metrics, say, request
         self._seconds, self._tokens = 0.0, 0
 
     def run(self) -> bool:
@@ -93,7 +93,7 @@ class Loop:
                 cure="The run diverged: check data and learning rate; the last checkpoint is kept.",
             )
         self._record("heldout", phase=phase, loss=loss)
-        self.display.say(f"{phase} · step {self.trainer.step} · held-out loss {loss:.4f}")
+        self.say(f"{phase} · step {self.trainer.step} · held-out loss {loss:.4f}")
 
     def _log(self, step: Step, phase: str, factor: float) -> None:
         speed = self._tokens / self._seconds
@@ -109,9 +109,10 @@ class Loop:
             tokens_per_s=speed,
             skipped=self.trainer.skipped,
         )
-        self.display.update(
-            step=self.trainer.step, tokens=self.trainer.tokens, phase=phase, loss=step.loss,
-            tokens_per_s=speed,
+        trainer, recipe = self.trainer, self.trainer.recipe
+        self.say(
+            f"{phase} · step {trainer.step} of {recipe.steps} · loss {step.loss:.4f} · "
+            f"{speed:,.0f} tok/s", trainer.tokens / recipe.horizon_tokens
         )  # fmt: skip
 
     def _log_hand_over(self, before: dict[str, float], step: Step) -> None:
@@ -125,7 +126,7 @@ class Loop:
             f"{role} {_number(rms['adamw'])} → {_number(rms['muon'])}"
             for role, rms in changes.items()
         )
-        self.display.say(
+        self.say(
             f"hand-over at step {self.trainer.step}: hidden matrices from AdamW to Muon; "
             f"update RMS {shown}"
         )
@@ -134,7 +135,7 @@ class Loop:
         trainer, limit = self.trainer, self.trainer.recipe.max_skipped
         what = f"loss {step.loss}, gradient norm {step.grad_norm}"
         self._record("skipped", reason=what, skipped=trainer.skipped)
-        self.display.say(
+        self.say(
             f"step {trainer.step} skipped: {what} "
             f"({trainer.skipped_in_a_row} in a row, {trainer.skipped} in all)"
         )

@@ -57,17 +57,22 @@ def curves(recipe: Recipe, records: list[Record]) -> Curves:
 
 
 def summary(recipe: Recipe, records: list[Record], **facts: object) -> dict[str, Any]:
-    """The content of `run.json`: results from the record, beside the `facts` of the launch."""
+    """The content of `run.json`: results from the record, beside the `facts` of the launch.
+
+    A finished run is a PASS, and a WARN where steps were skipped.
+    """
     heldout = [record for record in records if record["kind"] == "heldout"]
     train = [record for record in records if record["kind"] == "train"]
     ends = {record["phase"]: record["loss"] for record in heldout}
+    skipped = sum(record["kind"] == "skipped" for record in records)
     return {
         "schema_version": SCHEMA_VERSION,
+        "verdict": "WARN" if skipped else "PASS",
         "recipe": recipe.name,
         "heldout_loss": heldout[-1]["loss"],
         "train_loss": train[-1]["loss"] if train else None,
         "steps": recipe.steps,
-        "skipped_steps": sum(record["kind"] == "skipped" for record in records),
+        "skipped_steps": skipped,
         "tokens": recipe.horizon_tokens,
         "phases": [
             {**phase.model_dump(mode="json"), "tokens": phase.tokens,

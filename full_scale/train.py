@@ -18,13 +18,13 @@ from full_scale.admission import Admission, admit, admit_data
 from full_scale.checkpoint import Identity
 from full_scale.loop import Loop
 from full_scale.metrics import Metrics, read_metrics
-from full_scale.progress import Display
 from full_scale.recipe import Recipe, load_recipe
 from full_scale.stopping import graceful, only_one
 from full_scale.trainer import Trainer
 from mutransfer.bundle import Bundle
 from mutransfer.errors import UserError
 from mutransfer.files import read_json, write_json
+from mutransfer.progress import Display
 from proxies.data import Corpus, prepare
 
 _MAX_EPOCHS = 4
@@ -70,28 +70,28 @@ def train(
         identity = Identity(bundle=bundle.sha256, recipe=recipe.sha256, data=corpus.fingerprint)
         device = "cuda" if torch.cuda.is_available() else "cpu"
         trainer = Trainer(recipe=recipe, table=admission.table, corpus=corpus, device=device)
-        display = Display(steps=recipe.steps, tokens=recipe.horizon_tokens)
-        taken_up = _resume(trainer, identity, folder, display.say)
-        display.go_on_from(trainer.tokens)
+        display = Display()
+        taken_up = _resume(trainer, identity, folder, display)
+        display.start_from(trainer.tokens / recipe.horizon_tokens)
         if taken_up and trainer.step == recipe.steps and (folder / "run.json").is_file():
-            display.say("this run is finished already; its result:")
+            display("this run is finished already; its result:")
         else:
             for line in _plan(recipe, admission, notes):
-                display.say(line)
+                display(line)
             with graceful() as request, Metrics(folder, step=trainer.step) as metrics, display:
                 finished = Loop(
                     trainer=trainer, identity=identity, folder=folder, metrics=metrics,
-                    display=display, request=request,
+                    say=display, request=request,
                 ).run()  # fmt: skip
             if not finished:
-                display.say(
+                display(
                     f"stopped by {request.by} after step {trainer.step} of {recipe.steps}; saved. "
                     "The same command goes on from there."
                 )
                 return None
             _write_results(folder, bundle, recipe, admission, notes, identity, corpus, device)
         for line in _result(folder):
-            display.say(line)
+            display(line)
     return folder
 
 

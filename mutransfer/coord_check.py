@@ -23,6 +23,7 @@ from mutransfer.coord_measure import Recorder, Values, weight_values
 from mutransfer.coord_result import CoordCheckResult
 from mutransfer.coord_verdict import judge
 from mutransfer.errors import UserError
+from mutransfer.progress import Report, quiet
 from mutransfer.symbolic import Finding, check_groups, check_schedule, optimizer_kind
 from mutransfer.table import Table
 
@@ -79,7 +80,7 @@ def coord_check(
     seeds: int = 3,
     steps: int = 8,
     thresholds: Thresholds | None = None,
-    progress: Callable[[str], None] | None = None,
+    progress: Report = quiet,
 ) -> CoordCheckResult:
     """Trains a ladder of models for a few steps and judges how their coordinates scale.
 
@@ -90,7 +91,7 @@ def coord_check(
         seeds: Models per width.
         steps: Optimizer steps; measured at 0 and every power of two up to this.
         thresholds: Tolerances, where the defaults do not do.
-        progress: Called with one line per model.
+        progress: Takes one line per model.
 
     Raises:
         UserError: Too few widths, seeds or steps, or the factory's models do not fit the check
@@ -108,8 +109,6 @@ def coord_check(
     models: dict[int, _Model] = {}
     for width in widths:
         for seed in range(seeds):
-            if progress is not None:
-                progress(f"width {width}, seed {seed + 1} of {seeds}")
             trainable = factory(width, seed)
             found = check_groups(trainable.groups, trainable.table, trainable.model)
             recorder = Recorder(trainable.model, trainable.table, trainable.tokens)
@@ -120,6 +119,9 @@ def coord_check(
                 key = (finding.name, finding.field)
                 findings.setdefault(key, replace(finding, width=width))
             models[width] = _Model(trainable, recorder.head_dim)
+            share = (widths.index(width) * seeds + seed + 1) / (len(widths) * seeds)
+            arm = trainable.table.parametrization
+            progress(f"{arm}: width {width}, seed {seed + 1} of {seeds}", share)
     frame = pd.DataFrame(rows, columns=["kind", "name", "t", "width", "seed", "value"])
     ladder = _ladder(models)
     quantities, exceptions = judge(frame, ladder, thresholds or Thresholds())
@@ -165,6 +167,7 @@ class _Model:
         rows = trainable.table.rows
         self.roles = {row.pattern: row.role for row in rows}
         self.shapes = {row.pattern: row.shape for row in rows}
+        self.parameters = {fqn for fqn, _ in trainable.model.named_parameters()}
         self.optimizer = optimizer_kind(trainable.groups)
         self.tokens = trainable.tokens is not None
         self.head_dim = head_dim or 1
@@ -178,10 +181,15 @@ def _ladder(models: Mapping[int, _Model]) -> Ladder:
     """
     small, large = models[min(models)], models[max(models)]
     for width, model in models.items():
-        for what in ("roles", "optimizer", "tokens"):
+        for what in ("roles", "parameters", "optimizer", "tokens"):
             if getattr(model, what) != getattr(small, what):
                 raise UserError("the factory's models differ in more than width", where=what,
-                                got=f"another at width {width} than at {min(models)}")  # fmt: skip
+                                got=f"another at width {width} than at {min(models)}",
+                                expected="the same at every width")  # fmt: skip
+    if small.shapes == large.shapes:
+        raise UserError("the factory's models do not grow with the width", where="factory",
+                        got=f"equal shapes at {min(models)} and {max(models)}",
+                        cure="Build the model that (width, seed) asks for.")  # fmt: skip
 
     def exponent(low: float, high: float) -> float:
         return math.log(high / low) / math.log(max(models) / min(models))

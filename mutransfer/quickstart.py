@@ -5,9 +5,11 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+
+from mutransfer.files import read_json
 
 EXPERIMENT, RECIPE = "quickstart", "smoke"
 
@@ -26,7 +28,6 @@ def quickstart(
 
     bundle = out / "export" / "bundle.json"
     run = out / "train"
-    verdicts = ("PASS or WARN", "FAIL")
     steps: list[tuple[str, str, Callable[[], int | None]]] = [
         ("coordinate check", "is the parametrization right? μP should pass, SP should fail",
          lambda: coord_check(EXPERIMENT, out)),
@@ -39,17 +40,16 @@ def quickstart(
         ("train", "the target, trained from the bundle: warmup, stable, Muon decay",
          lambda: train(bundle=bundle, recipe=RECIPE, out=run, accept_unverified=True)),
     ]  # fmt: skip
-    times: list[str] = []
+    times: dict[str, float] = {}
     for number, (name, question, step) in enumerate(steps, start=1):
         print(f"\n━━ {number}/{len(steps)} {name}: {question}")
         started = time.monotonic()
-        code = step()
-        if code == 130:
-            return code
-        outcome = f", {verdicts[code or 0]}" if "check" in name else ""
-        times.append(f"  {name:<17}{time.monotonic() - started:4.0f} s{outcome}")
-    print("\n━━ done")
-    print("\n".join(times))
+        if step() == 130:
+            return 130
+        times[name] = time.monotonic() - started
+    print(f"\n━━ done in {sum(times.values()):.0f} s: what it showed")
+    for line in summary(out):
+        print(f"  {line}")
     print(f"""
 Look at
   {out}/coord-check/coord_check.png         flat lines: μP; the row below grows: SP
@@ -58,3 +58,57 @@ Look at
 Then: mutransfer bundle show {bundle}
 Your own: mutransfer init my.toml, edit it, and run the same five commands on it.""")
     return 0
+
+
+def summary(out: Path) -> list[str]:
+    """What the five steps found, in sentences, from the files that they left in `out`."""
+    coord = _read(out / "coord-check" / "coord_check.json")
+    sweep = _read(out / "sweep" / "sweep.json")
+    transfer = _read(out / "transfer-check" / "transfer_check.json")
+    bundle = _read(out / "export" / "bundle.json")
+    run = _read(out / "train" / "run.json")
+    lines = []
+    for check in coord["checks"].values():
+        widths = f"from width {min(check['widths'])} to {max(check['widths'])}"
+        found = next(iter(check["culprits"]), f"everything keeps its right size {widths}")
+        lines.append(_line("coordinate check", check["verdict"], check["parametrization"], found))
+    proxy, trials = sweep["experiment"]["proxy"]["d_model"], len(sweep["study"]["trials"])
+    values = ", ".join(
+        f"{name} {sweep['base_hyperparameters'][name]:.3g}"
+        for name in sweep["experiment"]["search"]
+    )
+    lines.append(
+        f"sweep: best of {trials} trials at width {proxy} is {values}: "
+        f"{sweep['mean_loss']:.3f} nats held out"
+    )
+    for arm in transfer["arms"]:
+        first, last = arm["optima"][0]["width"], arm["optima"][-1]["width"]
+        lines.append(_line("transfer check", arm["verdict"], arm["arm"], _moved(arm, first, last)))
+    start, end = run["phases"][0], run["phases"][-1]
+    lines.append(
+        f"train: the bundle {bundle['sha256'][:8]} was accepted; held-out loss "
+        f"{start['heldout_loss']:.2f} after {start['name']}, {end['heldout_loss']:.2f} nats at "
+        f"the end of {len(run['phases'])} phases"
+    )
+    return lines
+
+
+def _line(check: str, verdict: str, arm: str, found: str) -> str:
+    return f"{check}: {verdict:<4} {arm}: {found}"
+
+
+def _moved(arm: dict[str, Any], first: int, last: int) -> str:
+    """What a transfer check says of one arm."""
+    between = f"between width {first} and {last}"
+    if arm["drift"] is None:
+        return f"there is no best learning rate {between} within the grid"
+    moved = f"the best learning rate moves by {arm['drift']:.1f} octaves {between}"
+    if arm["regret"] is None:
+        return moved
+    return f"{moved}; carrying it over costs {arm['regret']:.3f} nats"
+
+
+def _read(path: Path) -> dict[str, Any]:
+    record = read_json(path)
+    assert isinstance(record, dict), f"{path} holds an object: we wrote it"
+    return record

@@ -12,6 +12,7 @@ import typer
 
 from mutransfer.errors import UserError
 from mutransfer.files import write_text
+from mutransfer.progress import Display
 from sweeps.experiment import load_experiment
 from sweeps.pool import PoolConfig, cores
 from sweeps.workspace import Workspace
@@ -41,8 +42,8 @@ def coord_check(exp: Exp, out: Out = None) -> int:
     from sweeps.coord import run_coord_check
 
     workspace = open_workspace(exp, out)
-    with timed():
-        results = run_coord_check(workspace, progress=say)
+    with timed() as display:
+        results = run_coord_check(workspace, progress=display)
     own = [
         r for name, r in results.items() if name.split()[0] == workspace.experiment.parametrization
     ]
@@ -71,10 +72,9 @@ def sweep(
 
     quiet_optuna()
     workspace = open_workspace(exp, out)
-    with timed():
-        params, best = run_sweep(
-            workspace, pool_config(workers, compile), trials=trials, storage=storage, progress=say
-        )
+    pool = pool_config(workers, compile)
+    with timed() as display:
+        params, best = run_sweep(workspace, pool, trials=trials, storage=storage, progress=display)
     error = "" if best.standard_error is None else f" ± {best.standard_error:.4f}"
     print(f"\nbest: trial {best.number}, held-out loss {best.mean_loss:.4f}{error} nats")
     for name in workspace.experiment.search:
@@ -83,16 +83,40 @@ def sweep(
 
 
 def transfer_check(
-    exp: Exp, out: Out = None, workers: Workers = 0, compile: Compile = False
+    exp: Annotated[
+        str | None, typer.Argument(metavar="[EXP]", help="Experiment file, or a shipped name.")
+    ] = None,
+    out: Out = None,
+    runs: Annotated[
+        Path | None,
+        typer.Option(
+            "--from", help="CSV of runs to judge in place of EXP: arm,width,lr,seed,loss."
+        ),
+    ] = None,
+    workers: Workers = 0,
+    compile: Compile = False,
 ) -> int:
-    """Checks that the best learning rate stays put over widths; exits 1 on FAIL."""
-    from sweeps.transfer import run_transfer_check
+    """Checks that the best learning rate stays put over widths; exits 1 on FAIL.
 
-    workspace = open_workspace(exp, out)
-    with timed():
-        result = run_transfer_check(workspace, pool_config(workers, compile), progress=say)
+    Raises:
+        UserError: Both or none of EXP and --from are given.
+    """
+    from sweeps.transfer import judge_file, run_transfer_check
+
+    if (exp is None) == (runs is None):
+        raise UserError("give either an experiment or --from FILE", where="transfer-check",
+                        got="both" if exp else "neither")  # fmt: skip
+    if runs is not None:
+        folder = (out or Path("runs") / runs.stem) / "transfer-check"
+        result = judge_file(runs, folder)
+    else:
+        assert exp is not None
+        workspace = open_workspace(exp, out)
+        folder = workspace.folder("transfer-check")
+        with timed() as display:
+            result = run_transfer_check(workspace, pool_config(workers, compile), progress=display)
     print(f"\n{result.summary()}")
-    print(f"-> {workspace.folder('transfer-check')}/transfer_check.png")
+    print(f"-> {folder}/transfer_check.png")
     return int(result.verdict == "FAIL")
 
 
@@ -143,14 +167,10 @@ def quiet_optuna() -> None:
     optuna.logging.set_verbosity(optuna.logging.WARNING)
 
 
-def say(line: str) -> None:
-    """One line of progress, at once."""
-    print(line, flush=True)
-
-
 @contextmanager
-def timed() -> Iterator[None]:
-    """Prints how long the body took."""
+def timed() -> Iterator[Display]:
+    """Shows the progress of the body, and then how long it took."""
     started = time.monotonic()
-    yield
+    with Display() as display:
+        yield display
     print(f"took {time.monotonic() - started:.0f} s")

@@ -7,16 +7,16 @@ import torch
 from mutransfer.coord_check import CoordCheckResult, Trainable, coord_check
 from mutransfer.files import atomic_path
 from mutransfer.optimizers import Matrix, Optimizers
+from mutransfer.progress import Report, part, quiet
 from mutransfer.table import initialize
 from proxies.data import Batches
 from proxies.decoder import Decoder
 from proxies.tables import decoder_table
-from sweeps.study import Progress
 from sweeps.workspace import Workspace
 
 
 def run_coord_check(
-    workspace: Workspace, *, progress: Progress = print
+    workspace: Workspace, *, progress: Report = quiet
 ) -> dict[str, CoordCheckResult]:
     """Runs the check for the experiment's parametrization and for each contrast.
 
@@ -35,17 +35,16 @@ def run_coord_check(
 
     e, folder = workspace.experiment, workspace.folder("coord-check")
     c = e.coord_check
-    results = {
-        f"{arm} {optimizer}": coord_check(
-            _Factory(workspace, arm, optimizer),  # type: ignore[arg-type]
+    arms = [(arm, kind) for arm in (e.parametrization, *e.contrast) for kind in c.optimizers]
+    results: dict[str, CoordCheckResult] = {}
+    for place, (arm, kind) in enumerate(arms):
+        results[f"{arm} {kind}"] = coord_check(
+            _Factory(workspace, arm, kind),  # type: ignore[arg-type]
             c.widths,
             seeds=c.seeds,
             steps=c.steps,
-            progress=progress,
+            progress=part(progress, place / len(arms), (place + 1) / len(arms)),
         )
-        for arm in (e.parametrization, *e.contrast)
-        for optimizer in c.optimizers
-    }
     own = [results[f"{e.parametrization} {optimizer}"] for optimizer in c.optimizers]
     verdict = max((r.verdict for r in own), key=("PASS", "WARN", "FAIL").index)
     frames = [result.frame.assign(arm=name) for name, result in results.items()]

@@ -8,7 +8,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
@@ -16,7 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from mutransfer.errors import UserError
+from mutransfer.progress import Report, quiet
 from proxies.run import Pruned, Runner, RunResult, RunSpec
+from sweeps.ledger import Ledger
 
 
 @dataclass(frozen=True)
@@ -136,6 +138,44 @@ def run_jobs(
             if connection in busy:
                 process.terminate()
             process.join()
+
+
+def run_missing(
+    config: PoolConfig,
+    corpus_folder: Path,
+    ledger: Ledger,
+    jobs: Iterable[Job],
+    describe: Callable[[Job], str],
+    progress: Report = quiet,
+) -> None:
+    """Runs to their ends those jobs that are not on record, and puts them there.
+
+    Args:
+        config: Workers, threads, device.
+        corpus_folder: See `run_jobs`.
+        ledger: The record, open.
+        jobs: All the jobs; those on record count as done.
+        describe: A job in a few words.
+        progress: Takes a line per run. Runs count by their parameters: a wide model takes longer.
+    """
+    jobs = list(jobs)
+    missing = [job for job in jobs if ledger.get(job.spec.key) is None]
+    total, left = sum(map(_cost, jobs)), {id(job): _cost(job) for job in missing}
+
+    def done(job: Job, result: RunResult | None) -> None:
+        assert result is not None, "nobody asked the run to stop"
+        ledger.add(result)
+        del left[id(job)]
+        loss = "diverged" if result.loss is None else f"loss {result.loss:.4f}"
+        line = f"{describe(job)}: {loss} · {len(left)} to go"
+        progress(line, 1 - sum(left.values()) / total)
+
+    waiting = iter(missing)
+    run_jobs(config, corpus_folder, lambda: next(waiting, None), done)
+
+
+def _cost(job: Job) -> int:
+    return job.spec.model.n_parameters * job.spec.train.horizon_tokens
 
 
 def _runner(config: PoolConfig, corpus_folder: Path) -> Runner:

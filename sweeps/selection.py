@@ -10,10 +10,10 @@ from optuna.trial import TrialState
 
 from mutransfer.bundle_evidence import Study, Trial
 from mutransfer.errors import UserError
-from proxies.run import RunResult
+from mutransfer.progress import Report, quiet
 from sweeps.ledger import Ledger
-from sweeps.pool import Job, PoolConfig, run_jobs
-from sweeps.study import Progress, params_of
+from sweeps.pool import Job, PoolConfig, run_missing
+from sweeps.study import params_of
 from sweeps.workspace import Workspace
 
 
@@ -36,7 +36,7 @@ def confirm(
     trials: Sequence[Trial],
     ledger: Ledger,
     pool: PoolConfig,
-    progress: Progress = lambda line: None,
+    progress: Report = quiet,
 ) -> Study:
     """Repeats the best trials over more seeds, so that luck does not choose the winner.
 
@@ -63,14 +63,12 @@ def confirm(
         for seed in seeds
     }
 
-    def done(job: Job, result: RunResult | None) -> None:
-        assert result is not None
-        ledger.add(result)
-        loss = "diverged" if result.loss is None else f"loss {result.loss:.4f}"
-        progress(f"confirming trial {job.tag[0]}, seed {job.tag[1]}: {loss}")
+    def describe(job: Job) -> str:
+        number, seed = job.tag
+        return f"confirming trial {number}, seed {seed}"
 
-    missing = iter([Job(s, key) for key, s in specs.items() if ledger.get(s.key) is None])
-    run_jobs(pool, workspace.corpus.folder, lambda: next(missing, None), done)
+    jobs = [Job(spec, key) for key, spec in specs.items()]
+    run_missing(pool, workspace.corpus.folder, ledger, jobs, describe, progress)
     confirmed = {}
     for t in best:
         results = {seed: ledger.get(specs[t.number, seed].key) for seed in seeds}

@@ -6,7 +6,6 @@ import os
 import socket
 import warnings
 from collections import deque
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +13,15 @@ import optuna
 from optuna.samplers import TPESampler
 from optuna.trial import FrozenTrial, TrialState
 
+from mutransfer.bundle_evidence import mean_and_error
 from mutransfer.errors import UserError
+from mutransfer.progress import Report, quiet
 from mutransfer.rules import BaseParams
 from proxies.run import RunResult
 from sweeps.experiment import Experiment, first_difference
 from sweeps.ledger import Ledger
 from sweeps.pool import Job, PoolConfig, run_jobs
 from sweeps.workspace import Workspace
-
-Progress = Callable[[str], None]
 
 
 def open_study(experiment: Experiment, folder: Path, storage: str | None = None) -> optuna.Study:
@@ -120,7 +119,7 @@ class Search:
         study: What `open_study` returned.
         ledger: The open ledger.
         trials: Budget of trials in all, over every start.
-        progress: Takes one line per finished trial.
+        progress: Takes one line per finished trial; the search is its whole.
     """
 
     def __init__(
@@ -130,7 +129,7 @@ class Search:
         ledger: Ledger,
         *,
         trials: int,
-        progress: Progress = lambda line: None,
+        progress: Report = quiet,
     ) -> None:
         self.workspace, self.study, self.ledger = workspace, study, ledger
         self.trials, self.progress = trials, progress
@@ -216,8 +215,8 @@ class Search:
             for t in self.study.get_trials(deepcopy=False)
         )
         outcome = f"loss {value:.4f}" if value is not None else _WORDS[state]
-        self.progress(f"trial {trial.number} {outcome} | {done}/{self.trials} done | "
-                      f"best {_best(self.study)}")  # fmt: skip
+        line = f"trial {trial.number} {outcome} · {done} of {self.trials}"
+        self.progress(f"{line} · best {_best(self.study)}", done / max(done, self.trials))
 
 
 _WORDS = {TrialState.PRUNED: "pruned", TrialState.FAIL: "diverged"}
@@ -228,7 +227,9 @@ def _best(study: optuna.Study) -> str:
     if not done:
         return "none yet"
     best = min(done, key=_value)
-    return f"{_value(best):.4f} (trial {best.number})"
+    _, error = mean_and_error(list(best.user_attrs.get("losses", {}).values()))
+    spread = "" if error is None else f" ± {error:.4f}"
+    return f"{_value(best):.4f}{spread} (trial {best.number})"
 
 
 def _value(trial: FrozenTrial) -> float:

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import optuna
 
 from mutransfer.bundle_evidence import Study, Trial
 from mutransfer.files import atomic_path
+from mutransfer.progress import Report, part, quiet
 from mutransfer.rules import BaseParams
+from sweeps.experiment import Experiment
 from sweeps.pool import PoolConfig
 from sweeps.selection import confirm, read_trials, steps_taken, trials_frame
-from sweeps.study import Progress, Search, open_study, params_of, requeue_interrupted
+from sweeps.study import Search, open_study, params_of, requeue_interrupted
 from sweeps.workspace import Workspace
+
+_BORDER = 0.02  # of a range, in the logarithm
 
 
 def run_sweep(
@@ -21,18 +26,20 @@ def run_sweep(
     *,
     trials: int | None = None,
     storage: str | None = None,
-    progress: Progress = print,
+    progress: Report = quiet,
 ) -> tuple[BaseParams, Trial]:
     """Runs or resumes the sweep of an experiment and leaves its results.
 
-    Leaves `sweep.json`, `trials.csv` and plots in the folder `sweep` of the workspace.
+    Leaves `sweep.json`, `trials.csv` and plots in the folder `sweep` of the workspace. The
+    verdict is WARN where a winning value lies at an end of its range, else PASS.
 
     Args:
         workspace: The experiment's folder.
         pool: How the machine is shared out.
         trials: Budget of trials in all, over every start; the experiment's by default.
         storage: URL of an Optuna RDB storage; an embedded journal by default.
-        progress: Takes one line per event.
+        progress: Takes one line per event. The runs of the search and of the seeds that confirm
+            the best trials count alike.
 
     Returns:
         The base hyperparameters that won, and their trial.
@@ -46,17 +53,24 @@ def run_sweep(
         for number in requeue_interrupted(study, exclusive=storage is None):
             progress(f"trial {number} was cut off; its parameters are tried again")
         budget = trials or e.sweep.trials
-        Search(workspace, study, ledger, trials=budget, progress=progress).run(pool)
-        record = confirm(workspace, read_trials(study), ledger, pool, progress)
+        runs = budget * e.sweep.seeds
+        share = runs / (runs + e.sweep.confirm * (e.sweep.confirm_seeds - e.sweep.seeds))
+        first, then = part(progress, 0.0, share), part(progress, share, 1.0)
+        Search(workspace, study, ledger, trials=budget, progress=first).run(pool)
+        record = confirm(workspace, read_trials(study), ledger, pool, then)
     frame = trials_frame(workspace, record, steps_taken(study, e.train.steps))
     with atomic_path(folder / "trials.csv") as path:
         frame.to_csv(path, index=False)
     best = _winner(record)
     params = params_of(e, best.params)
+    borders = at_borders(e, params)
+    for line in borders:
+        progress(line)
     workspace.save(
         "sweep",
-        None,
+        "WARN" if borders else "PASS",
         {
+            "at_borders": borders,
             "best_trial": best.number,
             "mean_loss": best.mean_loss,
             "standard_error": best.standard_error,
@@ -67,6 +81,19 @@ def run_sweep(
     )
     _draw(study, best.number, folder)
     return params, best
+
+
+def at_borders(experiment: Experiment, params: BaseParams) -> list[str]:
+    """A sentence for each winning value that lies at an end of its range."""
+    found = []
+    for name, bounds in experiment.search.items():
+        value = getattr(params, name)
+        place = math.log(value / bounds.low) / math.log(bounds.high / bounds.low)
+        if not _BORDER <= place <= 1 - _BORDER:
+            which = "lower" if place < 0.5 else "upper"
+            found.append(f"{name} = {value:.4g} won at the {which} end of its range, "
+                         f"{bounds.low:.4g} … {bounds.high:.4g}: widen it there")  # fmt: skip
+    return found
 
 
 def load_sweep(workspace: Workspace) -> tuple[BaseParams, Study]:

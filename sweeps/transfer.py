@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import hashlib
+import io
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import pandas as pd
 
-from mutransfer.files import atomic_path
+from mutransfer.errors import UserError
+from mutransfer.files import atomic_path, write_json
+from mutransfer.progress import Report, quiet
 from mutransfer.rules import BaseParams
 from mutransfer.transfer import transfer_check
+from mutransfer.transfer_frame import COLUMNS
 from mutransfer.transfer_result import TransferResult
-from proxies.run import RunResult, RunSpec
+from proxies.run import RunSpec
 from sweeps.ledger import Ledger
-from sweeps.pool import Job, PoolConfig, run_jobs
-from sweeps.study import Progress
+from sweeps.pool import Job, PoolConfig, run_missing
 from sweeps.sweep import load_sweep
 from sweeps.workspace import Workspace
 
@@ -72,31 +77,18 @@ class Grid:
                 for seed in self._seeds[arm]:
                     yield cell, seed, self.spec(cell, seed)
 
-    def train(self, pool: PoolConfig, progress: Progress) -> None:
+    def train(self, pool: PoolConfig, progress: Report = quiet) -> None:
         """Trains what is missing until no grid wants to grow."""
         growing = True
         while growing:
-            missing = [
-                Job(spec, (cell, seed))
-                for cell, seed, spec in self.runs()
-                if self._ledger.get(spec.key) is None
-            ]
-            left = len(missing)
-
-            def done(job: Job, result: RunResult | None) -> None:
-                nonlocal left
-                assert result is not None
-                self._ledger.add(result)
-                left -= 1
-                cell, seed = job.tag
-                loss = "diverged" if result.loss is None else f"loss {result.loss:.4f}"
-                progress(f"{cell.arm} d_model {cell.width} lr {self.lr(cell):.3g} seed {seed}: "
-                         f"{loss} | {left} to go")  # fmt: skip
-
-            waiting = iter(missing)
-            # bound early: the loop below runs to its end before the next round begins
-            run_jobs(pool, self._workspace.corpus.folder, lambda w=waiting: next(w, None), done)  # type: ignore[misc]
+            jobs = [Job(spec, (cell, seed)) for cell, seed, spec in self.runs()]
+            folder = self._workspace.corpus.folder
+            run_missing(pool, folder, self._ledger, jobs, self._describe, progress)
             growing = self._grow()
+
+    def _describe(self, job: Job) -> str:
+        cell, seed = job.tag
+        return f"{cell.arm} d_model {cell.width} lr {self.lr(cell):.3g} seed {seed}"
 
     def frame(self) -> pd.DataFrame:
         """One row per run: arm, width, lr, seed, loss (NaN if diverged), epochs."""
@@ -140,7 +132,7 @@ class Grid:
 
 
 def run_transfer_check(
-    workspace: Workspace, pool: PoolConfig, *, progress: Progress = print
+    workspace: Workspace, pool: PoolConfig, *, progress: Report = quiet
 ) -> TransferResult:
     """Runs or resumes the transfer check of an experiment and leaves its results.
 
@@ -149,8 +141,6 @@ def run_transfer_check(
     Raises:
         UserError: There is no sweep yet, or another process is at work here.
     """
-    from mutransfer.transfer_plot import transfer_figure
-
     e, folder = workspace.experiment, workspace.folder("transfer-check")
     params, _ = load_sweep(workspace)
     with workspace.ledger() as ledger:
@@ -158,10 +148,41 @@ def run_transfer_check(
         grid.train(pool, progress)
         frame = grid.frame()
     result = transfer_check(frame, proxy_width=e.proxy.d_model, contrast=e.contrast)
-    with atomic_path(folder / "transfer_check.csv") as path:
-        frame.to_csv(path, index=False)
+    _leave(frame, result, folder)
     record = result.to_json() | {"seeds": list(range(e.transfer_check.seeds))}
     workspace.save("transfer_check", result.verdict, record)
+    return result
+
+
+def judge_file(source: Path, folder: Path) -> TransferResult:
+    """Judges runs from a CSV file, whoever made them, and leaves the same files.
+
+    Args:
+        source: Columns as `mutransfer.transfer_check` wants them. The proxy is each arm's
+            smallest width; an arm called `sp` is a contrast.
+        folder: Where the results go.
+
+    Raises:
+        UserError: The file cannot be read, or `transfer_check` refuses its runs.
+    """
+    try:
+        content = source.read_bytes()
+        frame = pd.read_csv(io.BytesIO(content))
+    except (OSError, ValueError) as error:
+        raise UserError(f"not a readable CSV file ({error})", where=str(source),
+                        expected=f"a header with {', '.join(COLUMNS)}") from error  # fmt: skip
+    result = transfer_check(frame)
+    folder.mkdir(parents=True, exist_ok=True)
+    _leave(frame, result, folder)
+    origin = {"source": str(source), "source_sha256": hashlib.sha256(content).hexdigest()}
+    write_json(folder / "transfer_check.json", result.to_json() | origin)
+    return result
+
+
+def _leave(frame: pd.DataFrame, result: TransferResult, folder: Path) -> None:
+    from mutransfer.transfer_plot import transfer_figure
+
+    with atomic_path(folder / "transfer_check.csv") as path:
+        frame.to_csv(path, index=False)
     with atomic_path(folder / "transfer_check.png") as path:
         transfer_figure(frame, result).savefig(path, format="png", dpi=150)
-    return result

@@ -79,14 +79,14 @@ class Workspace:
             data=self.corpus.fingerprint,
         )
 
-    def save(self, command: str, verdict: str | None, result: Mapping[str, Any]) -> Path:
+    def save(self, command: str, verdict: str, result: Mapping[str, Any]) -> Path:
         """Writes `<command>/<command>.json` with the experiment that it belongs to."""
         path = self._path(command)
         write_json(
             path,
             {
                 "schema_version": SCHEMA_VERSION,
-                **({} if verdict is None else {"verdict": verdict}),
+                "verdict": verdict,
                 "experiment_sha256": self.experiment.sha256,
                 "experiment": self.experiment.canonical,
                 "data_fingerprint": self.corpus.fingerprint,

@@ -16,19 +16,16 @@ import pytest
 
 from mutransfer.bundle import Bundle
 from mutransfer.errors import UserError
+from mutransfer.rules import BaseParams
 from sweeps.experiment import Experiment
 from sweeps.export import run_export
 from sweeps.pool import PoolConfig
 from sweeps.study import budget_used, open_study, requeue_interrupted
-from sweeps.sweep import load_sweep, run_sweep
+from sweeps.sweep import at_borders, load_sweep, run_sweep
 from sweeps.transfer import Grid, run_transfer_check
 from sweeps.workspace import Workspace
 
 INLINE = PoolConfig(workers=1, threads=1)
-
-
-def quiet(line: str) -> None:
-    """Takes no notice."""
 
 
 @pytest.fixture(autouse=True)
@@ -39,19 +36,19 @@ def _quiet_optuna() -> None:
 def test_the_whole_flow_leaves_what_it_should(workspace: Workspace) -> None:
     from sweeps.coord import run_coord_check
 
-    params, best = run_sweep(workspace, INLINE, progress=quiet)
+    params, best = run_sweep(workspace, INLINE)
     assert params.lr == best.params["lr"]
     frame = pd.read_csv(workspace.root / "sweep" / "trials.csv")
     assert len(frame) == 3
     assert frame.epochs.max() == pytest.approx(12 * 64 / workspace.corpus.train_tokens)
     ledger = (workspace.root / "ledger.jsonl").read_text()
 
-    again = run_sweep(workspace, INLINE, progress=quiet)
+    again = run_sweep(workspace, INLINE)
     assert again == (params, best)
     assert (workspace.root / "ledger.jsonl").read_text() == ledger, "a run was done twice"
 
-    run_coord_check(workspace, progress=quiet)
-    result = run_transfer_check(workspace, INLINE, progress=quiet)
+    run_coord_check(workspace)
+    result = run_transfer_check(workspace, INLINE)
     assert {arm.arm for arm in result.arms} == {"completep-tied", "sp"}
     assert result.verdict != "PASS", "two seeds cannot pass"
     for name in ("coord-check/coord_check", "transfer-check/transfer_check"):
@@ -68,11 +65,13 @@ def test_the_whole_flow_leaves_what_it_should(workspace: Workspace) -> None:
 
 
 def test_workers_and_inline_find_the_same_runs(experiment: Experiment, tmp_path: Path) -> None:
+    sweep = experiment.sweep.model_copy(update={"pruning": False})  # it goes by who is first
+    experiment = experiment.model_copy(update={"sweep": sweep})
     config = PoolConfig(workers=2, threads=1)
     losses = {}
     for name, pool in (("inline", INLINE), ("workers", config)):
         workspace = Workspace(experiment, tmp_path / name)
-        run_sweep(workspace, pool, progress=quiet)
+        run_sweep(workspace, pool)
         _, study = load_sweep(workspace)
         assert [t.number for t in study.trials] == [0, 1, 2]
         losses[name] = study.trials[0].losses
@@ -80,7 +79,7 @@ def test_workers_and_inline_find_the_same_runs(experiment: Experiment, tmp_path:
 
 
 def test_results_of_another_experiment_are_refused(workspace: Workspace) -> None:
-    run_sweep(workspace, INLINE, progress=quiet)
+    run_sweep(workspace, INLINE)
     e = workspace.experiment
     other = Workspace(
         e.model_copy(update={"train": e.train.model_copy(update={"steps": 13})}), workspace.root
@@ -88,12 +87,12 @@ def test_results_of_another_experiment_are_refused(workspace: Workspace) -> None
     with pytest.raises(UserError, match=r"train\.steps: 12, not 13"):
         load_sweep(other)
     with pytest.raises(UserError, match=r"train\.steps: 12, not 13"):
-        run_sweep(other, INLINE, progress=quiet)
+        run_sweep(other, INLINE)
 
 
 def test_steps_out_of_order_say_what_to_run(workspace: Workspace) -> None:
     with pytest.raises(UserError, match="mutransfer sweep"):
-        run_transfer_check(workspace, INLINE, progress=quiet)
+        run_transfer_check(workspace, INLINE)
 
 
 def test_an_interrupted_trial_is_asked_anew_within_the_budget(workspace: Workspace) -> None:
@@ -103,7 +102,7 @@ def test_an_interrupted_trial_is_asked_anew_within_the_budget(workspace: Workspa
     lr = trial.suggest_float("lr", 0.002, 0.05, log=True)
     assert budget_used(study) == 1
     assert requeue_interrupted(study, exclusive=False) == [], "its owner is unknown, not dead"
-    run_sweep(workspace, INLINE, progress=quiet)
+    run_sweep(workspace, INLINE)
     _, record = load_sweep(workspace)
     assert [t.state for t in record.trials].count("INTERRUPTED") == 1
     assert record.trials[1].params["lr"] == lr
@@ -111,14 +110,21 @@ def test_an_interrupted_trial_is_asked_anew_within_the_budget(workspace: Workspa
 
 
 def test_the_grid_grows_towards_an_optimum_on_its_border(workspace: Workspace) -> None:
-    params, _ = run_sweep(workspace, INLINE, progress=quiet)
+    params, _ = run_sweep(workspace, INLINE)
     with workspace.ledger() as ledger:
         grid = Grid(workspace, params.model_copy(update={"lr": 1e-4}), ledger)
-        grid.train(INLINE, quiet)
+        grid.train(INLINE)
         frame = grid.frame()
     top = frame.groupby("arm").lr.max()
     assert top["completep-tied"] == pytest.approx(4e-4), "one octave of grid and one of growth"
     assert not frame.duplicated(["arm", "width", "lr", "seed"]).any()
+
+
+def test_a_winner_at_the_end_of_a_range_is_a_warning(experiment: Experiment) -> None:
+    assert at_borders(experiment, BaseParams(lr=0.01)) == []
+    (line,) = at_borders(experiment, BaseParams(lr=0.0494))
+    assert line == "lr = 0.0494 won at the upper end of its range, 0.002 … 0.05: widen it there"
+    assert "lower end" in at_borders(experiment, BaseParams(lr=0.00201))[0]
 
 
 @pytest.mark.slow
