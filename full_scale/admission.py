@@ -9,6 +9,7 @@ from full_scale.recipe import Recipe
 from mutransfer.bundle import Bundle
 from mutransfer.errors import UserError
 from mutransfer.rules import BaseParams
+from mutransfer.schema import parse
 from mutransfer.table import Table
 from proxies.data import Corpus
 from proxies.decoder import DecoderConfig, meta_decoder
@@ -115,7 +116,7 @@ def _table(bundle: Bundle, recipe: Recipe, params: BaseParams | None = None) -> 
     """The table that the rules give the recipe's model."""
     return decoder_table(
         recipe.model,
-        DecoderConfig.model_validate(bundle.base.config),
+        parse(DecoderConfig, bundle.base.config, "bundle: base.config"),
         params or bundle.base_hyperparameters,
         bundle.parametrization.name,
         base_width=bundle.base.base_width,

@@ -81,8 +81,9 @@ def _verify(bundle: Bundle, file: Path, *, accept_unverified: bool) -> tuple[str
     try:
         return bundle.verify(accept_unverified=accept_unverified)
     except UserError as error:
-        raise UserError(error.what, where=f"{file}: {error.where}", got=error.got,
-                        expected=error.expected, cure=error.cure) from error  # fmt: skip
+        where = f"{file}: {error.where}" if error.where else str(file)
+        raise UserError(error.what, where=where, got=error.got, expected=error.expected,
+                        cure=error.cure) from error  # fmt: skip
 
 
 def _failed(bundle: Bundle) -> list[str]:
@@ -92,14 +93,22 @@ def _failed(bundle: Bundle) -> list[str]:
 
 
 def _print(part: RenderableType) -> None:
-    """Prints in the terminal's width, without what a file could slip a terminal."""
+    """Prints in the terminal's width, without what a file could slip a terminal.
+
+    A text is one line, whatever the file put into it.
+    """
+    part = _clean(part) if isinstance(part, str) else part
     width = shutil.get_terminal_size().columns if sys.stdout.isatty() else 120
     buffer = io.StringIO()
     Console(file=buffer, width=width, markup=False, highlight=False).print(
         part, soft_wrap=isinstance(part, str)
     )
-    text = "".join(c if c.isprintable() or c == "\n" else "?" for c in buffer.getvalue())
-    typer.echo(text, nl=False)
+    typer.echo("\n".join(map(_clean, buffer.getvalue().split("\n"))), nl=False)
+
+
+def _clean(text: str) -> str:
+    """One line without control characters."""
+    return "".join(c if c.isprintable() else "?" for c in text)
 
 
 def _origin(bundle: Bundle) -> Iterator[str]:
@@ -129,7 +138,7 @@ def _hyperparameters(bundle: Bundle) -> Grid:
         if source and source.source == "study":
             origin = f"{source.study}, trial {', '.join(map(str, source.trials))}"
         value = getattr(bundle.base_hyperparameters, name)
-        grid.add_row(name, f"{value:.6g}", origin, field.description)
+        grid.add_row(name, f"{value:.6g}", _clean(origin), field.description)
     return grid
 
 
@@ -184,7 +193,7 @@ def _rows(bundle: Bundle) -> Grid:
     for row in bundle.table.rows:
         numbers = (row.width_ratio, row.depth_ratio, row.init_std, row.forward_multiplier)
         shape = " × ".join(map(str, row.shape))
-        grid.add_row(row.pattern, row.role, shape, *(f"{x:.4g}" for x in numbers))
+        grid.add_row(_clean(row.pattern), row.role, shape, *(f"{x:.4g}" for x in numbers))
     return grid
 
 
@@ -198,7 +207,7 @@ def _optimizers(bundle: Bundle) -> Grid:
         numbers = [adamw.lr, adamw.eps, adamw.weight_decay, adamw.lr_times_weight_decay]
         if muon is not None:
             numbers += [muon.lr, muon.weight_decay, muon.lr_times_weight_decay, muon.scale]
-        grid.add_row(row.pattern, *(f"{x:.4g}" for x in numbers))
+        grid.add_row(_clean(row.pattern), *(f"{x:.4g}" for x in numbers))
     return grid
 
 

@@ -218,6 +218,9 @@ def _check_transfer_numbers(check: TransferCheck, proxy_width: object) -> None:
     for index, best in enumerate(check.optima):
         _check_interval(f"{where}.optima.{index}.log2_lr", best.low, best.log2_lr, best.high)
     found = {best.width: best.log2_lr for best in check.optima}
+    if len(found) < len(check.optima):
+        raise UserError("two optima have one width", where=f"{where}.optima",
+                        got=[best.width for best in check.optima])  # fmt: skip
     known = [value for value in found.values() if value is not None]
     drift, cautions = None, [] if len(set(check.seeds)) >= MIN_SEEDS else ["few seeds"]
     if len(known) < len(found) or len(found) < 2:

@@ -8,11 +8,14 @@ What stays free, because only other files know better, when the hash is recomput
 
 - `batch_tokens`, `horizon_tokens` and the models' `max_seq_len`: a trainer compares them
   with its recipe;
-- parameters of trials that did not win;
-- numbers of single lines of the two checks, as long as each lies inside its interval and
-  no verdict is better than the numbers allow: `evidence.coord_check.slopes`, and in
-  `evidence.transfer_check` the bounds, the regret, the seeds and any optimum that the drift
-  does not rest on. The result files, named by their hashes, hold the originals.
+- names, fingerprints and versions: a trainer compares the tokenizer's fingerprint and notes
+  another text; the experiment and the result files, named by their hashes, hold the rest;
+- parameters of trials that did not win, their states, and trials left off the end;
+- single lines of the two checks, as long as each number lies inside its interval and no
+  verdict is better than the numbers and the other verdicts allow:
+  `evidence.coord_check.slopes` with their verdicts, and in `evidence.transfer_check` the
+  bounds, the regret, the seeds, the widths (each once) and any optimum that the drift does
+  not rest on. The result files hold the originals.
 
 A config that has all of the decoder's fields is the decoder's, and its table is made from
 nothing else. For a model of your own, shapes and width ratios inside the blocks are the
@@ -25,6 +28,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
+
+from pydantic import ValidationError
 
 from mutransfer import rules
 from mutransfer.bundle_evidence import check_study, check_verdicts
@@ -69,6 +74,10 @@ def verify(
         return check_verdicts(bundle.evidence, bundle.base.config, accept_unverified)
     except ArithmeticError as error:
         raise UserError(f"a number is out of every range ({error})", where="bundle") from error
+    except ValidationError as error:  # the rules make of it what no table may hold
+        first = error.errors(include_url=False)[0]
+        raise UserError(f"a number is out of every range ({first['msg']})", where="bundle",
+                        got=f"{first['loc'][-1]} = {first['input']}") from error  # fmt: skip
 
 
 def differences(
@@ -238,7 +247,10 @@ def _check_provenance(bundle: Bundle) -> None:
 
 def _parametrization(bundle: Bundle) -> Parametrization:
     """The rules by the bundle's name and version."""
-    p = rules.get_parametrization(bundle.parametrization.name)
+    if (p := rules.PARAMETRIZATIONS.get(bundle.parametrization.name)) is None:
+        raise UserError("unknown parametrization", where="parametrization.name",
+                        got=bundle.parametrization.name,
+                        expected=f"one of {', '.join(rules.PARAMETRIZATIONS)}")  # fmt: skip
     if p.version != bundle.parametrization.version:
         raise UserError("the rules of this parametrization have another version here",
                         where="parametrization.version", got=bundle.parametrization.version,

@@ -71,7 +71,9 @@ def coord_check_data(result: CoordCheckResult) -> pd.DataFrame:
 def _points(frame: pd.DataFrame, kind: str, name: str, times: tuple[int, ...]) -> Any:
     """log2 of the values by (width, seed), averaged over `times`."""
     found = frame[(frame["kind"] == kind) & (frame["name"] == name) & frame["t"].isin(times)]
-    return np.log2(found["value"]).groupby([found["width"], found["seed"]]).mean()
+    with np.errstate(divide="ignore"):  # the loss of a batch learned by heart is zero
+        log = np.log2(found["value"])
+    return log.groupby([found["width"], found["seed"]]).mean()
 
 
 def _rows(q: Quantity, label: str, points: Any) -> list[dict[str, Any]]:
@@ -178,7 +180,7 @@ def _panel(axis: Axes, panel: str, result: CoordCheckResult, frame: pd.DataFrame
                           color=style["color"])  # fmt: skip
     if panel != PANELS["loss"]:
         _fan(axis, result.widths, frame)
-    if panel in (PANELS["logits"], PANELS["attention_logits"], PANELS["loss"]):
+    if len(frame) and panel in (PANELS["logits"], PANELS["attention_logits"], PANELS["loss"]):
         axis.legend(fontsize=9, frameon=False, loc="upper left")
     if verdict:
         axis.set_title(verdict, fontsize=14, loc="right", fontweight="bold",

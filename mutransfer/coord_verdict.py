@@ -176,7 +176,7 @@ def judge(
         if right is None:
             if kind != "update_ratio":
                 unjudged.append(Unjudged(kind=kind, name=name, reason=UNJUDGED[kind, name]))
-        elif kind in INITIAL and not points[0].any():
+        elif kind in INITIAL and bool((points[0] == 0).all()):
             unjudged.append(Unjudged(kind=kind, name=name, reason="zero at init, by choice"))
         else:
             quantities.append(_quantity(kind, name, points, right))

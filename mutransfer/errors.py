@@ -32,7 +32,8 @@ class UserError(ValueError):
         if expected is not None:
             parts.append(f"expected {_short(expected)}")
         line = "; ".join(parts)
-        super().__init__(f"{line}. {cure}" if cure else line)
+        text = " ".join((f"{line}. {cure}" if cure else line).split())
+        super().__init__("".join(c if c.isprintable() else "?" for c in text))
 
 
 def _short(value: object, limit: int = 300) -> str:

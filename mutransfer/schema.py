@@ -5,7 +5,8 @@ from __future__ import annotations
 import difflib
 import tomllib
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from types import UnionType
+from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 
@@ -74,15 +75,16 @@ def _explain(schema: type[BaseModel], error: ValidationError, where: str) -> Use
     details = error.errors(include_url=False)
     # an unknown key explains more than the missing one that it was meant to be
     first = next((d for d in details if d["type"] == "extra_forbidden"), details[0])
-    location = ".".join(str(part) for part in first["loc"])
+    path, holder = _trace(schema, first["loc"])
+    location = ".".join(path)
     message = first["msg"].removeprefix("Value error, ")
     cause = first.get("ctx", {}).get("error")
     if isinstance(cause, UserError):
         return UserError(cause.what, where=f"{where}: {location or cause.where}", got=cause.got,
                          expected=cause.expected, cure=cause.cure)  # fmt: skip
     if first["type"] == "extra_forbidden":
-        known = _fields(schema, first["loc"][:-1])
-        near = difflib.get_close_matches(str(first["loc"][-1]), known, n=1, cutoff=0.0)
+        known = sorted(field.alias or name for name, field in holder.model_fields.items())
+        near = difflib.get_close_matches(path[-1], known, n=1, cutoff=0.0)
         return UserError(
             f"unknown field {location!r}",
             where=where,
@@ -94,24 +96,48 @@ def _explain(schema: type[BaseModel], error: ValidationError, where: str) -> Use
     return UserError(message, where=f"{where}: {location}" if location else where, got=got)
 
 
-def _fields(schema: type[BaseModel], location: tuple[int | str, ...]) -> list[str]:
-    """Names of the fields of the model that `location` leads to."""
-    current: type[BaseModel] = schema
+def _trace(
+    schema: type[BaseModel], location: tuple[int | str, ...]
+) -> tuple[list[str], type[BaseModel]]:
+    """A location as the file has it, and the last model on the way there.
+
+    Where a field may be one of several things, pydantic puts in which of them it tried.
+    """
+    path: list[str] = []
+    current: Any = schema
+    holder = schema
     for part in location:
-        field = current.model_fields.get(str(part))
-        if field is None:
-            continue
-        inner = _model_in(field.annotation)
-        if inner is not None:
-            current = inner
-    return sorted(field.alias or name for name, field in current.model_fields.items())
+        choices = _choices(current)
+        if len(choices) > 1:
+            current = next((c for c in choices if _tagged(c, part)), None)
+        elif choices and _is_model(choices[0]):
+            holder = choices[0]
+            field = holder.model_fields.get(str(part))
+            current = field.annotation if field else None
+            path.append(str(part))
+        else:  # a mapping's values or a sequence's items
+            inner = get_args(choices[0]) if choices else ()
+            current = inner[1 if get_origin(choices[0]) is dict else 0] if inner else None
+            path.append(str(part))
+    last = _choices(current)
+    return path, last[0] if len(last) == 1 and _is_model(last[0]) else holder
 
 
-def _model_in(annotation: Any) -> type[BaseModel] | None:
-    """The pydantic model inside an annotation such as `tuple[Phase, ...]` or `Model | None`."""
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return annotation
-    for argument in get_args(annotation):
-        if (inner := _model_in(argument)) is not None:
-            return inner
-    return None
+def _choices(annotation: Any) -> list[Any]:
+    """What a value may be: the members of a union without `None`, or the annotation itself."""
+    if get_origin(annotation) is Annotated:
+        return _choices(get_args(annotation)[0])
+    if get_origin(annotation) in (Union, UnionType):
+        return [c for member in get_args(annotation) for c in _choices(member)]
+    return [] if annotation in (None, type(None)) else [annotation]
+
+
+def _is_model(annotation: Any) -> bool:
+    return isinstance(annotation, type) and issubclass(annotation, BaseModel)
+
+
+def _tagged(annotation: Any, tag: object) -> bool:
+    """Whether a discriminated union calls this model `tag`."""
+    return _is_model(annotation) and any(
+        field.default == tag for field in annotation.model_fields.values()
+    )

@@ -53,6 +53,8 @@ class TrainConfig(BaseModel):
     def _fractions(self) -> TrainConfig:
         if self.warmup + self.decay > 1:
             raise ValueError(f"warmup + decay must be at most 1; got {self.warmup} + {self.decay}")
+        if self.handover and round(self.decay * self.steps) == 0:
+            raise ValueError("handover happens as the decay starts, but there is no decay")
         return self
 
     @property
@@ -201,7 +203,8 @@ class Runner:
                     raise Pruned
         final = None
         if diverged_at is None:
-            final = sum(value for _, value in evaluations[-train.last :]) / train.last
+            last = [value for _, value in evaluations[-train.last :]]  # a short run has fewer
+            final = sum(last) / len(last)
             if final >= math.log(spec.model.vocab_size):
                 final, diverged_at = None, train.steps
         done = diverged_at or train.steps

@@ -8,8 +8,8 @@ from __future__ import annotations
 import multiprocessing
 import os
 import traceback
-from collections.abc import Callable, Iterable
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -107,7 +107,8 @@ def run_jobs(
                     workers[ours] = process
                     idle.append(ours)
                 connection = idle.pop()
-                connection.send(job.spec.model_dump(mode="json"))
+                with _alive(workers[connection]):
+                    connection.send(job.spec.model_dump(mode="json"))
                 busy[connection] = job
             if not busy:
                 return
@@ -115,15 +116,12 @@ def run_jobs(
                 assert isinstance(ready, Connection)
                 connection = ready
                 job = busy[connection]
-                try:
+                with _alive(workers[connection]):
                     kind, *content = connection.recv()
-                except EOFError:
-                    raise RuntimeError(
-                        f"a worker died (exit code {workers[connection].exitcode}); "
-                        "run the same command again to go on"
-                    ) from None
                 if kind == "report":
-                    connection.send(on_report is not None and on_report(job, *content))
+                    stop = on_report is not None and on_report(job, *content)
+                    with _alive(workers[connection]):
+                        connection.send(stop)
                 elif kind == "error":
                     error, text = content
                     raise UserError(text) if error == "user" else RuntimeError(text)
@@ -138,6 +136,18 @@ def run_jobs(
             if connection in busy:
                 process.terminate()
             process.join()
+
+
+@contextmanager
+def _alive(process: Any) -> Iterator[None]:
+    """Around a word with a worker: says so where its end of the pipe is gone."""
+    try:
+        yield
+    except (EOFError, ConnectionError):
+        process.join()
+        raise RuntimeError(
+            f"a worker died (exit code {process.exitcode}); run the same command again to go on"
+        ) from None
 
 
 def run_missing(
