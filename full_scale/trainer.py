@@ -10,10 +10,11 @@ from torch import Tensor, nn
 
 from full_scale.checkpoint import Checkpoint, Identity, State
 from full_scale.recipe import Phase, Recipe
+from mutransfer.apply import initialize
 from mutransfer.errors import UserError
 from mutransfer.optimizers import Optimizers
 from mutransfer.roles import Role
-from mutransfer.table import Table, initialize
+from mutransfer.table import Table
 from proxies.data import Batches, Corpus, heldout_batches
 from proxies.decoder import Decoder
 

@@ -10,10 +10,11 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from mutransfer.apply import parametrize
     from mutransfer.bundle import Bundle
     from mutransfer.coord_check import coord_check
     from mutransfer.errors import UserError
-    from mutransfer.table import param_groups, parametrize
+    from mutransfer.groups import param_groups
     from mutransfer.transfer import transfer_check
 
     __version__: str
@@ -22,8 +23,8 @@ _HOME = {
     "Bundle": "mutransfer.bundle",
     "UserError": "mutransfer.errors",
     "coord_check": "mutransfer.coord_check",
-    "param_groups": "mutransfer.table",
-    "parametrize": "mutransfer.table",
+    "param_groups": "mutransfer.groups",
+    "parametrize": "mutransfer.apply",
     "transfer_check": "mutransfer.transfer",
 }
 
@@ -45,9 +46,9 @@ def __getattr__(name: str) -> object:
         return metadata.version("mutransfer")
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module(_HOME[name]), name)
-    globals()[name] = value
-    return value
+    module = import_module(_HOME[name])
+    # `coord_check` is the name of a module too: importing it has put that there, and it is callable
+    return globals().setdefault(name, getattr(module, name))
 
 
 def __dir__() -> list[str]:

@@ -18,12 +18,13 @@ from pydantic import Field
 from torch import nn
 
 from mutransfer import bundle_verify
+from mutransfer.apply import initialize
 from mutransfer.bundle_evidence import Evidence, Record, Sha256
 from mutransfer.errors import UserError
 from mutransfer.files import read_json, write_json
 from mutransfer.rules import BaseParams
 from mutransfer.schema import parse
-from mutransfer.table import Table, initialize
+from mutransfer.table import Table
 
 SCHEMA_VERSION = 1
 

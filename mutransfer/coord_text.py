@@ -68,7 +68,11 @@ def sentence(quantities: Sequence[Quantity]) -> str:
 
 
 def culprits(quantities: Iterable[Quantity], findings: Iterable[Finding]) -> tuple[str, ...]:
-    """All that is wrong, worst first: the symbolic check, then causes, then consequences."""
+    """All that is wrong, worst first: the symbolic check, then causes, then consequences.
+
+    Among causes of one kind the one that is furthest off comes first: under a large deviation
+    smaller ones follow, as gradients that vanish against eps where the softmax saturates.
+    """
     by_field: dict[str, list[Finding]] = {}
     for finding in findings:
         by_field.setdefault(finding.field, []).append(finding)
@@ -82,7 +86,12 @@ def culprits(quantities: Iterable[Quantity], findings: Iterable[Finding]) -> tup
             key = (quantity.verdict, quantity.kind, quantity.cause, quantity.expected)
             merged.setdefault(key, []).append(quantity)
     kinds = list(SUBJECTS)
-    order = sorted(merged, key=lambda key: (-SEVERITY.index(key[0]), kinds.index(key[1])))
+
+    def place(key: tuple[str, str, str, float]) -> tuple[int, int, float]:
+        farthest = max(excess(quantity) for quantity in merged[key])
+        return -SEVERITY.index(key[0]), kinds.index(key[1]), -farthest
+
+    order = sorted(merged, key=place)
     return (*told, *(sentence(merged[key]) for key in order))
 
 

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Muon
 
 from mutransfer.errors import UserError
+from mutransfer.groups import param_groups
 from mutransfer.schedule import set_lr
-from mutransfer.table import Table, param_groups
+from mutransfer.table import Table
 
 Matrix = Literal["adamw", "muon"]
 Momentum = Literal["seed", "fresh"]

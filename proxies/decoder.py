@@ -186,7 +186,7 @@ class Decoder(nn.Module):
     """A decoder-only language model.
 
     The multipliers are 0-dim tensors, so that one compiled program serves every trial of a
-    sweep; `mutransfer.table.initialize` sets them together with the weights.
+    sweep; `mutransfer.apply.initialize` sets them together with the weights.
 
     Args:
         config: Its shape.

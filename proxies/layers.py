@@ -37,7 +37,7 @@ class Linear(nn.Linear):
         super().__init__(fan_in, fan_out, bias=False)
 
     def reset_parameters(self) -> None:
-        """Nothing: `mutransfer.table.initialize` draws the values."""
+        """Nothing: `mutransfer.apply.initialize` draws the values."""
 
 
 class RMSNorm(nn.Module):

@@ -18,11 +18,11 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
 
+from mutransfer.apply import initialize
 from mutransfer.errors import UserError
 from mutransfer.optimizers import Momentum, Optimizers
 from mutransfer.rules import DEFAULT, BaseParams
 from mutransfer.schedule import WSD, Shape
-from mutransfer.table import initialize
 from proxies.data import Batches, Corpus, heldout_batches
 from proxies.decoder import Decoder, DecoderConfig
 from proxies.tables import decoder_table

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from mutransfer.apply import Geometry, parametrize
 from mutransfer.errors import UserError
 from mutransfer.rules import DEFAULT, BaseParams, Parametrization
-from mutransfer.table import Geometry, Table, parametrize
+from mutransfer.table import Table
 from proxies.decoder import DecoderConfig, meta_decoder
 
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import torch
 
+from mutransfer.apply import initialize
 from mutransfer.coord_check import CoordCheckResult, Trainable, coord_check
 from mutransfer.files import atomic_path
 from mutransfer.optimizers import Matrix, Optimizers
 from mutransfer.progress import Report, part, quiet
-from mutransfer.table import initialize
 from proxies.data import Batches
 from proxies.decoder import Decoder
 from proxies.tables import decoder_table

@@ -10,10 +10,11 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+import torch
 
+from mutransfer.apply import Geometry, parametrize
 from mutransfer.bundle import Bundle
 from mutransfer.rules import DEFAULT, BaseParams, get_parametrization
-from mutransfer.table import Geometry, parametrize
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 SMALL: dict[str, Any] = {"width": 32, "context": 8, "n_layers": 2}
@@ -79,8 +80,10 @@ def own_bundle(own: ModuleType) -> Bundle:
 def test_the_plain_loop_trains_a_model_of_ones_own(tmp_path: Path, example: Any) -> None:
     bundle = own_bundle(example("own_model"))
     bundle.save(tmp_path / "bundle.json")
+    torch.manual_seed(0)
     losses = example("plain_torch_loop").train(str(tmp_path / "bundle.json"), steps=60)
-    assert losses[0] == pytest.approx(5.55, abs=0.5), "close to ln 256 at the start"
+    # logits at the start: std 0.1 * sqrt(64) * 2/m = 0.8 with m = 2, so ln 256 + 0.8^2 / 2
+    assert losses[0] == pytest.approx(5.87, abs=0.4)
     assert losses[-1] < losses[0] - 1.5
 
 

@@ -14,12 +14,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mutransfer import coord_check, param_groups, parametrize
+from mutransfer.apply import initialize
 from mutransfer.coord_check import CoordCheckResult, Trainable
 from mutransfer.coord_plot import coord_check_figure
 from mutransfer.optimizers import Optimizers
 from mutransfer.roles import RoleFunction
 from mutransfer.rules import BaseParams
-from mutransfer.table import initialize
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "own_model.py"
 WIDTHS, CONTEXT = (32, 64, 128, 256), 4

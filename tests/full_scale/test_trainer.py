@@ -16,9 +16,10 @@ from full_scale import checkpoint
 from full_scale.checkpoint import Identity
 from full_scale.recipe import Recipe
 from full_scale.trainer import Trainer
+from mutransfer.apply import initialize
 from mutransfer.bundle import Bundle
 from mutransfer.errors import UserError
-from mutransfer.table import initialize, param_groups
+from mutransfer.groups import param_groups
 from proxies.data import Batches, Corpus
 from proxies.decoder import Decoder
 

@@ -15,13 +15,14 @@ import pytest
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mutransfer.apply import Geometry, parametrize
 from mutransfer.bundle import Bundle, digest
 from mutransfer.bundle_evidence import Trial
 from mutransfer.bundle_verify import differences
 from mutransfer.errors import UserError
 from mutransfer.roles import Role
 from mutransfer.rules import BaseParams, get_parametrization
-from mutransfer.table import Geometry, Multipliers, Table, parametrize
+from mutransfer.table import Multipliers, Table
 
 Document = dict[str, Any]
 Place = tuple[str | int, ...]

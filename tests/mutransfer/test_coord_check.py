@@ -10,6 +10,7 @@ import functools
 import importlib
 import json
 import math
+import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -20,13 +21,15 @@ import torch
 from torch import Tensor, nn
 
 import mutransfer
+from mutransfer.apply import initialize
 from mutransfer.coord_check import CoordCheckResult, Thresholds, Trainable, coord_check
 from mutransfer.coord_expect import Tolerance
 from mutransfer.coord_text import culprits
 from mutransfer.errors import UserError
+from mutransfer.groups import param_groups
 from mutransfer.optimizers import Matrix, Optimizers
 from mutransfer.rules import BaseParams
-from mutransfer.table import Table, initialize, param_groups
+from mutransfer.table import Table
 from proxies.decoder import Decoder, DecoderConfig
 from proxies.presets import TINY
 from proxies.tables import decoder_table
@@ -665,3 +668,13 @@ def test_the_name_is_a_function_whoever_imported_the_module_first(
     assert module.Trainable is Trainable
     called = module(make, (32, 64, 96), seeds=1, steps=2)
     assert isinstance(called, CoordCheckResult)
+
+
+def test_the_module_is_there_after_the_function_was_used_first() -> None:
+    program = (
+        "import mutransfer\n"
+        "mutransfer.coord_check\n"
+        "import mutransfer.coord_check as module\n"
+        "assert module.Trainable and callable(module) and module is mutransfer.coord_check\n"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True)

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from mutransfer.apply import initialize, parametrize
 from mutransfer.coord_measure import (
     Recorder,
     Values,
@@ -22,7 +23,7 @@ from mutransfer.coord_measure import (
 from mutransfer.errors import UserError
 from mutransfer.roles import Role
 from mutransfer.rules import BaseParams
-from mutransfer.table import Table, initialize, parametrize
+from mutransfer.table import Table
 
 VOCAB, SEQ = 7, 5
 

@@ -107,10 +107,10 @@ def test_culprits_are_merged_by_verdict_kind_cause_and_right_slope() -> None:
         ],
         (),
     )
-    assert told == (
+    assert told == (  # of one verdict and kind, the one furthest off first
+        "first updates of a.b scale as width^+0.30, right is width^-1.00: other",
         "first updates of a.{q,k} scale as width^+0.00…+0.10, right is width^-1.00: no 1/m",
         "first updates of a.o scale as width^+0.30, right is width^-0.50: no 1/m",
-        "first updates of a.b scale as width^+0.30, right is width^-1.00: other",
         "first updates of a.v scale as width^-0.80, right is width^-1.00: no 1/m",
     )
 

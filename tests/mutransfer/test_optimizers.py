@@ -9,11 +9,13 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from mutransfer.apply import initialize, parametrize
 from mutransfer.errors import UserError
+from mutransfer.groups import param_groups
 from mutransfer.optimizers import Matrix, Momentum, Optimizers
 from mutransfer.roles import Role
 from mutransfer.rules import BaseParams
-from mutransfer.table import Multipliers, Table, initialize, param_groups, parametrize
+from mutransfer.table import Multipliers, Table
 from proxies.decoder import Decoder, DecoderConfig
 from proxies.tables import decoder_table
 

@@ -11,7 +11,9 @@ import torch
 from torch import nn
 from torch.optim import AdamW, Muon
 
+from mutransfer.apply import initialize, parametrize
 from mutransfer.errors import UserError
+from mutransfer.groups import param_groups
 from mutransfer.optimizers import Matrix, Optimizers
 from mutransfer.rules import PARAMETRIZATIONS, BaseParams
 from mutransfer.schedule import WSD
@@ -23,7 +25,7 @@ from mutransfer.symbolic import (
     muon_factor,
     optimizer_kind,
 )
-from mutransfer.table import Table, initialize, param_groups, parametrize
+from mutransfer.table import Table
 from proxies.decoder import Decoder, DecoderConfig
 from proxies.tables import decoder_table
 

@@ -13,20 +13,12 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
 
+from mutransfer.apply import Geometry, initialize, parametrize, width_ratios
 from mutransfer.errors import UserError
+from mutransfer.groups import param_groups
 from mutransfer.roles import Role
 from mutransfer.rules import PARAMETRIZATIONS, BaseParams
-from mutransfer.table import (
-    AdamWEntry,
-    Geometry,
-    Multipliers,
-    Table,
-    count_by_role,
-    initialize,
-    param_groups,
-    parametrize,
-    width_ratios,
-)
+from mutransfer.table import AdamWEntry, Multipliers, Table
 from proxies.decoder import Decoder, DecoderConfig
 from proxies.tables import decoder_table
 
@@ -304,17 +296,6 @@ def test_numbers_that_are_none_do_not_enter_a_table(field: str, value: float) ->
     good = AdamWEntry(lr=0.1, eps=1e-8, weight_decay=0, betas=(0.9, 0.95), lr_times_weight_decay=0)
     with pytest.raises(ValidationError, match=field):
         AdamWEntry(**{**good.model_dump(), field: value})
-
-
-def test_counts_by_role() -> None:
-    counts = count_by_role(Decoder(TINY))
-    assert counts == {
-        "embedding": 48 * 64,
-        "hidden": 2 * 64 * (64 + 2 * 32 + 2 * 160),
-        "hidden_out": 2 * 64 * (64 + 160),
-        "gain": 2 * 2 * 64,
-        "final_gain": 64,
-    }
 
 
 def test_initial_values_have_the_table_s_moments() -> None:

@@ -10,9 +10,10 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
+from mutransfer.apply import initialize
 from mutransfer.errors import UserError
 from mutransfer.rules import BaseParams
-from mutransfer.table import Multipliers, initialize
+from mutransfer.table import Multipliers
 from proxies.decoder import Attention, Decoder, DecoderConfig, meta_decoder, rotate
 from proxies.layers import Plain, RMSNorm
 from proxies.tables import decoder_table

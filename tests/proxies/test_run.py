@@ -16,9 +16,9 @@ from pydantic import ValidationError
 from torch import nn
 
 import proxies.run
+from mutransfer.apply import initialize
 from mutransfer.errors import UserError
 from mutransfer.rules import BaseParams
-from mutransfer.table import initialize
 from proxies.data import Batches, Corpus, DataConfig, heldout_batches, prepare
 from proxies.decoder import Decoder, DecoderConfig
 from proxies.run import Pruned, Runner, RunResult, RunSpec, TrainConfig
