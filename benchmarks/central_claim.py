@@ -12,6 +12,9 @@ The ranges are wider than the experiment's. At 8x the width, `sp` needs what μP
 a learning rate and an output multiplier 8x lower and an embedding learning rate ratio 8x higher.
 Ranges that leave those out would let `sp` lose for a reason of our making.
 
+A winner at an end of a range raises the question of what lies beyond: there, each arm's winner is
+trained on the fresh seeds with that value at half and a quarter (or twice and four times) as well.
+
 Every run is on record in a ledger: start again to go on.
 """
 
@@ -23,6 +26,7 @@ import math
 import platform
 import statistics
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import optuna
@@ -31,6 +35,7 @@ import torch
 from mutransfer.coord_verdict import student_t
 from mutransfer.files import write_json
 from mutransfer.progress import Display
+from mutransfer.rules import BaseParams
 from sweeps.experiment import Experiment, load_experiment
 from sweeps.pool import Job, PoolConfig, run_missing
 from sweeps.sweep import run_sweep
@@ -69,7 +74,7 @@ def main() -> None:
                                     "proxy": given["proxy"] | {"d_model": wide}},
     }  # fmt: skip
     losses: dict[str, list[float]] = {}
-    chosen = {}
+    chosen, beyond = {}, {}
     for arm, record in arms.items():
         workspace = Workspace(Experiment.model_validate(record), args.out / record["name"])
         with Display() as display:
@@ -82,14 +87,11 @@ def main() -> None:
             "params": params.model_dump(),
             "place_in_range": {name: _place(name, getattr(params, name)) for name in SEARCH},
         }
-        model = workspace.experiment.model_at(wide)
-        specs = {s: workspace.spec(model, params, s) for s in range(1000, 1000 + args.seeds)}
-        with workspace.ledger() as ledger, Display() as display:
-            jobs = [Job(spec, seed) for seed, spec in specs.items()]
-            run_missing(pool, workspace.corpus.folder, ledger, jobs,
-                        lambda job: f"fresh seed {job.tag}", display)  # fmt: skip
-            results = [ledger.get(spec.key) for spec in specs.values()]
-        losses[arm] = [r.loss if r and r.loss is not None else math.inf for r in results]
+        losses[arm] = train_fresh(workspace, wide, params, args.seeds, pool)
+        beyond[arm] = [
+            {"changed": changed, "losses": train_fresh(workspace, wide, other, args.seeds, pool)}
+            for changed, other in beyond_the_ends(params)
+        ]
 
     difference = [a - b for a, b in zip(*losses.values(), strict=True)]
     mean = statistics.fmean(difference)
@@ -105,6 +107,7 @@ def main() -> None:
         "trials_per_arm": args.trials,
         "losses": losses,
         "chosen": chosen,
+        "beyond_the_ends_of_the_ranges": beyond,
         "search": SEARCH,
         "seconds": time.monotonic() - started,
         "versions": {"python": platform.python_version(), "torch": torch.__version__,
@@ -112,6 +115,30 @@ def main() -> None:
     }  # fmt: skip
     write_json(args.out / "central_claim.json", result)
     print(json.dumps(result, indent=2))
+
+
+def train_fresh(
+    workspace: Workspace, d_model: int, params: BaseParams, seeds: int, pool: PoolConfig
+) -> list[float]:
+    """Held-out losses at a width on seeds that no search has seen."""
+    model = workspace.experiment.model_at(d_model)
+    jobs = [Job(workspace.spec(model, params, s), s) for s in range(1000, 1000 + seeds)]
+    with workspace.ledger() as ledger, Display() as display:
+        run_missing(pool, workspace.corpus.folder, ledger, jobs,
+                    lambda job: f"fresh seed {job.tag}", display)  # fmt: skip
+        results = [ledger.get(job.spec.key) for job in jobs]
+    return [r.loss if r and r.loss is not None else math.inf for r in results]
+
+
+def beyond_the_ends(params: BaseParams) -> Iterator[tuple[dict[str, float], BaseParams]]:
+    """The winner again, with a value at an end of its range moved beyond that end."""
+    for name in SEARCH:
+        place = _place(name, getattr(params, name))
+        if 0.05 < place < 0.95:
+            continue
+        for octaves in (1, 2):
+            value = getattr(params, name) * 2.0 ** (octaves if place > 0.5 else -octaves)
+            yield {name: value}, params.model_copy(update={name: value})
 
 
 def _place(name: str, value: float) -> float:
