@@ -1,15 +1,16 @@
 """The coordinate check: do activations, updates and logits keep their size as width grows?
 
-Models of several widths take a few steps on one batch each. The slope of every quantity over
-width is held against μP's, and every optimizer group against the table. Method: Tensor
-Programs V (2203.03466), Appendix D.1; the norms of updates after 2310.17813.
+Models of several widths (or depths) take a few steps on one batch each. The slope of every
+quantity over width is held against μP's, and every optimizer group against the table. Method:
+Tensor Programs V (2203.03466), Appendix D.1; the norms of updates after 2310.17813; depth after
+CompleteP (2505.01618).
 """
 
 from __future__ import annotations
 
-import math
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from types import ModuleType
 from typing import Any, Protocol
@@ -18,13 +19,15 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from mutransfer.coord_expect import Ladder, Thresholds
-from mutransfer.coord_measure import Recorder, Values, weight_values
+from mutransfer.coord_adam import Alignment, eps_shares
+from mutransfer.coord_expect import Axis, Thresholds
+from mutransfer.coord_ladder import Rung, make_ladder
+from mutransfer.coord_measure import Recorder, Values, later_updates, weight_values
 from mutransfer.coord_result import CoordCheckResult
 from mutransfer.coord_verdict import judge
 from mutransfer.errors import UserError
 from mutransfer.progress import Report, quiet
-from mutransfer.symbolic import Finding, check_groups, check_schedule, optimizer_kind
+from mutransfer.symbolic import Finding, check_after, check_groups, optimizer_kind
 from mutransfer.table import Table
 
 __all__ = ["CoordCheckResult", "Stepper", "Thresholds", "Trainable", "coord_check"]
@@ -79,6 +82,7 @@ def coord_check(
     *,
     seeds: int = 3,
     steps: int = 8,
+    axis: Axis = "width",
     thresholds: Thresholds | None = None,
     progress: Report = quiet,
 ) -> CoordCheckResult:
@@ -88,8 +92,10 @@ def coord_check(
         factory: (width, seed) -> a fresh model with its optimizer and batch. Learning rates
             should be at or above the best one, weight decay off, gradients not clipped.
         widths: At least three different ones; four that span a factor of 8 are a good choice.
+            Numbers of blocks, where the axis is `depth`; the factory is called with those.
         seeds: Models per width.
         steps: Optimizer steps; measured at 0 and every power of two up to this.
+        axis: What the factory's first argument is, and what the models differ in.
         thresholds: Tolerances, where the defaults do not do.
         progress: Takes one line per model.
 
@@ -106,28 +112,30 @@ def coord_check(
             raise UserError("too few", where=name, got=value, expected=f"at least {least}")
     rows: list[tuple[str, str, int, int, int, float]] = []
     findings: dict[tuple[str, str], Finding] = {}
-    models: dict[int, _Model] = {}
+    rungs: dict[int, Rung] = {}
     for width in widths:
         for seed in range(seeds):
             trainable = factory(width, seed)
-            found = check_groups(trainable.groups, trainable.table, trainable.model)
-            recorder = Recorder(trainable.model, trainable.table, trainable.tokens)
+            model, table = trainable.model, trainable.table
+            found = check_groups(trainable.groups, table, model)
+            recorder = Recorder(model, table, trainable.tokens, depth=axis == "depth")
             for t, values in _train(trainable, recorder, steps):
                 rows += [(*key, t, width, seed, value) for key, value in values.items()]
-            found += check_schedule(trainable.groups)
+            found += check_after(trainable.groups, table, model)
             for finding in found:
                 key = (finding.name, finding.field)
                 findings.setdefault(key, replace(finding, width=width))
-            models[width] = _Model(trainable, recorder.head_dim)
+            rungs[width] = Rung(model, table, optimizer_kind(trainable.groups),
+                                trainable.tokens is not None, recorder.head_dim)  # fmt: skip
             share = (widths.index(width) * seeds + seed + 1) / (len(widths) * seeds)
-            arm = trainable.table.parametrization
-            progress(f"{arm}: width {width}, seed {seed + 1} of {seeds}", share)
+            progress(f"{table.parametrization}: {axis} {width}, seed {seed + 1} of {seeds}", share)
     frame = pd.DataFrame(rows, columns=["kind", "name", "t", "width", "seed", "value"])
-    ladder = _ladder(models)
+    ladder = make_ladder(rungs, axis)
     quantities, exceptions = judge(frame, ladder, thresholds or Thresholds())
     return CoordCheckResult(
-        parametrization=trainable.table.parametrization,
+        parametrization=table.parametrization,
         optimizer=ladder.optimizer,
+        axis=axis,
         widths=tuple(widths),
         seeds=seeds,
         steps=steps,
@@ -143,14 +151,23 @@ def _train(trainable: Trainable, recorder: Recorder, steps: int) -> Iterator[tup
 
     The measured passes are the training's own forward passes; only the last is one more.
     """
-    model = trainable.model
-    first = {fqn: p.detach().clone() for fqn, p in model.named_parameters()}
+    model, table = trainable.model, trainable.table
+    first = second = {fqn: p.detach().clone() for fqn, p in model.named_parameters()}
+    alignment = Alignment(model, first, table)
     for t in range(steps + 1):
         if t & (t - 1) == 0:
-            with recorder.watch() as values, torch.set_grad_enabled(t < steps):
+            with ExitStack() as stack:
+                values = stack.enter_context(recorder.watch())
+                aligned = stack.enter_context(alignment.watch())
+                stack.enter_context(torch.set_grad_enabled(t < steps))
                 loss = trainable.loss()
             values["loss", "loss"] = float(loss.detach())
-            values |= weight_values(model, first, trainable.table, initial=t == 0)
+            values |= aligned | weight_values(model, first, table, initial=t == 0)
+            values |= eps_shares(trainable.optimizer, model, table)
+            if t == 1:
+                second = {fqn: p.detach().clone() for fqn, p in model.named_parameters()}
+            elif t:
+                values |= later_updates(model, second, table)
             yield t, values
         elif t < steps:
             loss = trainable.loss()
@@ -158,50 +175,6 @@ def _train(trainable: Trainable, recorder: Recorder, steps: int) -> Iterator[tup
             trainable.optimizer.zero_grad()
             loss.backward()
             trainable.optimizer.step()
-
-
-class _Model:
-    """What is left of a trained model for the ladder: roles, shapes, optimizer."""
-
-    def __init__(self, trainable: Trainable, head_dim: int | None) -> None:
-        rows = trainable.table.rows
-        self.roles = {row.pattern: row.role for row in rows}
-        self.shapes = {row.pattern: row.shape for row in rows}
-        self.parameters = {fqn for fqn, _ in trainable.model.named_parameters()}
-        self.optimizer = optimizer_kind(trainable.groups)
-        self.tokens = trainable.tokens is not None
-        self.head_dim = head_dim or 1
-
-
-def _ladder(models: Mapping[int, _Model]) -> Ladder:
-    """How the models grow, from the narrowest to the widest.
-
-    Raises:
-        UserError: They are not the same model at several widths.
-    """
-    small, large = models[min(models)], models[max(models)]
-    for width, model in models.items():
-        for what in ("roles", "parameters", "optimizer", "tokens"):
-            if getattr(model, what) != getattr(small, what):
-                raise UserError("the factory's models differ in more than width", where=what,
-                                got=f"another at width {width} than at {min(models)}",
-                                expected="the same at every width")  # fmt: skip
-    if small.shapes == large.shapes:
-        raise UserError("the factory's models do not grow with the width", where="factory",
-                        got=f"equal shapes at {min(models)} and {max(models)}",
-                        cure="Build the model that (width, seed) asks for.")  # fmt: skip
-
-    def exponent(low: float, high: float) -> float:
-        return math.log(high / low) / math.log(max(models) / min(models))
-
-    return Ladder(
-        optimizer=small.optimizer,
-        roles=small.roles,
-        fan_in={name: exponent(s[-1], large.shapes[name][-1]) for name, s in small.shapes.items()},
-        fan_out={name: exponent(s[0], large.shapes[name][0]) for name, s in small.shapes.items()},
-        head_dim=exponent(small.head_dim, large.head_dim),
-        tokens=small.tokens,
-    )
 
 
 class _Callable(ModuleType):

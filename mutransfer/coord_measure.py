@@ -29,11 +29,16 @@ class Recorder:
     of a ModuleList), `attention_logits` (before the softmax, standard deviation over the
     causal part), `logits`, and `delta_` each: the change on the same batch.
 
+    Models of several depths are watched at equal relative depths, as the stream changes along
+    it: the middle block alone, and the stream after the last one. `branch` is what the middle
+    block adds to the stream.
+
     Args:
         model: The model; it carries hooks only inside `watch`.
         table: The model's table, which tells its head.
         tokens: Ids that the model reads (batch, seq), to tell the logits of a position's own
             token from the others; `None` leaves them together.
+        depth: Whether models of several depths are compared.
 
     Attributes:
         head_dim: Size of an attention head; `None` until an attention core was watched.
@@ -42,24 +47,33 @@ class Recorder:
         UserError: The model is compiled, so that hooks would not see its modules.
     """
 
-    def __init__(self, model: nn.Module, table: Table, tokens: Tensor | None = None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        table: Table,
+        tokens: Tensor | None = None,
+        *,
+        depth: bool = False,
+    ) -> None:
         if hasattr(model, "_orig_mod"):
             raise UserError("the model is compiled, so hooks cannot see its modules",
                             where="Trainable.model", got=type(model).__name__,
                             cure="Return the model as it was before torch.compile.")  # fmt: skip
         self.head_dim: int | None = None
-        self._model, self._tokens = model, tokens
+        self._model, self._tokens, self._depth = model, tokens, depth
         rows = table.resolve(model)
         self._heads = {fqn.rpartition(".")[0] for fqn, row in rows.items() if row.role == "head"}
-        self._blocks = {
-            f"{name}.{index}" if name else index
-            for name, module in model.named_modules()
-            if isinstance(module, nn.ModuleList)
-            for index, block in module.named_children()
-            if next(block.children(), None) is not None
-        }
+        stacks = [
+            [f"{name}.{index}" if name else index for index, block in module.named_children()
+             if next(block.children(), None) is not None]
+            for name, module in model.named_modules() if isinstance(module, nn.ModuleList)
+        ]  # fmt: skip
+        self._blocks = {block for stack in stacks for block in stack}
+        self._last = {stack[-1] for stack in stacks if stack}
+        middle = {stack[len(stack) // 2] for stack in stacks if stack}
+        self._aside = self._blocks - middle if depth else set()
         self._first: dict[tuple[str, str], Tensor] = {}
-        self._calls: dict[str, int] = {}
+        self._calls: dict[tuple[str, str], int] = {}
         self._found: dict[tuple[str, str], list[float]] = {}
 
     @contextmanager
@@ -86,10 +100,12 @@ class Recorder:
         """What to do with the output of one module; `None` where nothing is to be seen."""
         if not name:
             return self._see(lambda _, output: self._logits(output))
+        if any(name.startswith(f"{block}.") for block in self._aside):
+            return None
         if type(module).__name__ == "Attend" or getattr(module, "is_attention_core", False):
             return self._see(lambda inputs, _: self._attention(name, inputs))
-        if name in self._blocks:
-            return self._see(lambda _, output: self._add("residual", name, output))
+        if name in self._blocks and not (self._depth and name in self._aside - self._last):
+            return self._see(lambda inputs, output: self._block(name, inputs, output))
         if name not in self._heads and next(module.parameters(recurse=False), None) is not None:
             return self._see(lambda _, output: self._add("activation", name, output))
         return None
@@ -111,6 +127,13 @@ class Recorder:
         self.head_dim = q.shape[-1]
         self._add("attention_logits", name, causal_logits(q, k))
 
+    def _block(self, name: str, inputs: tuple[Any, ...], output: Tensor) -> None:
+        if not self._depth or name in self._last:
+            self._add("residual", name, output)
+        stream = _tensor(inputs)
+        if self._depth and name not in self._aside and stream is not None:
+            self._add("branch", name, output.float() - stream.float())
+
     def _logits(self, logits: Tensor) -> None:
         self._add("logits", "logits", logits)
         if self._tokens is None:
@@ -126,7 +149,7 @@ class Recorder:
 
     def _add(self, kind: str, name: str, x: Tensor) -> None:
         """Adds one output, and its change; the n-th call of a reused module stands for itself."""
-        call = self._calls[name] = self._calls.get(name, 0) + 1
+        call = self._calls[kind, name] = self._calls.get((kind, name), 0) + 1
         suffix = f" (call {call})" if call > 1 else ""
         pattern, x = module_pattern(name) + suffix, x.float()
         square = x.var(correction=0) if kind == "attention_logits" else x.square().mean()
@@ -212,6 +235,26 @@ def weight_values(
             found.setdefault(("update_norm", pattern), []).append(operator_norm(change))
             if rms:
                 found.setdefault(("update_ratio", pattern), []).append(_rms(change) / rms)
+    return typical(found)
+
+
+@torch.no_grad()
+def later_updates(model: nn.Module, second: Mapping[str, Tensor], table: Table) -> Values:
+    """How far the entry of each weight went that went farthest since the first step.
+
+    Kind is `later_update`. Under Adam an entry whose gradient keeps its sign moves by the
+    learning rate in every step; the RMS would depend on how many entries do.
+
+    Args:
+        model: The model.
+        second: Its weights at t = 1, by fully qualified name.
+        table: Its table.
+    """
+    rows = table.resolve(model)
+    found: dict[tuple[str, str], list[float]] = {}
+    for fqn, parameter in model.named_parameters():
+        change = float((parameter.float() - second[fqn].float()).abs().max())
+        found.setdefault(("later_update", rows[fqn].pattern), []).append(change)
     return typical(found)
 
 

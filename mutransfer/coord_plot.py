@@ -24,20 +24,23 @@ if TYPE_CHECKING:
 PANELS = {
     "activation": "activations\nat init",
     "residual": "activations\nat init",
+    "branch": "activations\nat init",
     "delta_activation": "change of\nactivations",
     "delta_residual": "change of\nactivations",
+    "delta_branch": "change of\nactivations",
     "attention_logits": "attention logits",
     "delta_attention_logits": "attention logits",
     "logits": "logits",
     "delta_logits": "logits",
-    "update": "first update\n(RMS)",
+    "update": "updates\n(RMS)",
+    "later_update": "updates\n(RMS)",
     "update_norm": "updates\n(operator norm)",
     "loss": "loss\n(nats)",
 }
 """Panel by kind; several kinds may share one."""
 
 COLOURS = {"PASS": "#1a7f37", "WARN": "#b35900", "FAIL": "#c4162a"}
-LINES = ("embedding", "q", "k", "v", "o", "gate", "up", "down", "norm")
+LINES = ("embedding", "q", "k", "v", "o", "gate", "up", "down", "norm", "block's share")
 """Curves with a colour of their own, by what their name contains; any other is black."""
 
 
@@ -102,6 +105,8 @@ def _label(q: Quantity) -> str:
     """A curve's name in the legend: the last part that tells it apart."""
     if q.kind.endswith("residual"):
         return "residual stream"
+    if q.kind.endswith("branch"):
+        return "block's share"
     if q.kind.endswith("logits"):
         words = {"attention_logits": "at init", "delta_attention_logits": "change",
                  "delta_logits": "change"}  # fmt: skip
@@ -153,7 +158,7 @@ def _headline(band: Any, result: CoordCheckResult) -> None:
     """The verdict of one check and its first reason, over its row."""
     optimizer = {"adamw": "AdamW", "muon": "Muon"}[result.optimizer]
     reason = (
-        f"all {len(result.quantities)} quantities keep their right size from width "
+        f"all {len(result.quantities)} quantities keep their right size from {result.axis} "
         f"{min(result.widths)} to {max(result.widths)}: the curves are flat"
     )
     reason = textwrap.shorten(next(iter(result.culprits), reason), 210, placeholder=" …")
@@ -170,7 +175,7 @@ def _panel(axis: Axes, panel: str, result: CoordCheckResult, frame: pd.DataFrame
     axis.set_xscale("log", base=2)
     axis.set_xticks(result.widths, [str(width) for width in result.widths], fontsize=10)
     axis.minorticks_off()
-    axis.set_xlabel("width", fontsize=11)
+    axis.set_xlabel(result.axis, fontsize=11)
     if panel != PANELS["loss"]:
         axis.set_yscale("log", base=2)
     for (kind, name, label), curve in frame.groupby(["kind", "name", "label"], sort=False):

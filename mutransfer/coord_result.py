@@ -8,6 +8,7 @@ from typing import Any
 
 import pandas as pd
 
+from mutransfer.coord_expect import Axis
 from mutransfer.coord_text import SEVERITY, culprits, table
 from mutransfer.coord_verdict import Quantity, Unjudged, Verdict
 from mutransfer.symbolic import Finding
@@ -22,11 +23,12 @@ class CoordCheckResult:
     Attributes:
         parametrization: Name of the rules that the tables came from.
         optimizer: `adamw` or `muon`, for the hidden matrices.
-        widths, seeds, steps: What was run.
+        widths, seeds, steps: What was run; depths, where the axis is the depth.
         frame: Long table with the columns kind, name, t, width, seed, value.
         quantities: One verdict per judged quantity.
         exceptions: What is measured and not judged, and why.
         symbolic: Disagreements between what was built and the table.
+        axis: What the models differ in.
     """
 
     parametrization: str
@@ -38,6 +40,7 @@ class CoordCheckResult:
     quantities: tuple[Quantity, ...]
     exceptions: tuple[Unjudged, ...]
     symbolic: tuple[Finding, ...]
+    axis: Axis = "width"
 
     @property
     def measured_verdict(self) -> Verdict:
@@ -61,6 +64,7 @@ class CoordCheckResult:
             "schema_version": SCHEMA_VERSION,
             "parametrization": self.parametrization,
             "optimizer": self.optimizer,
+            "axis": self.axis,
             "widths": list(self.widths),
             "seeds": self.seeds,
             "steps": self.steps,
@@ -76,8 +80,8 @@ class CoordCheckResult:
         """A short table and the culprits, for a terminal."""
         head = (
             f"coordinate check of {self.parametrization} under {self.optimizer}: {self.verdict}",
-            f"  widths {', '.join(map(str, self.widths))}; {self.seeds} seeds; "
-            f"{self.steps} steps; slopes are exponents of the width",
+            f"  {self.axis}s {', '.join(map(str, self.widths))}; {self.seeds} seeds; "
+            f"{self.steps} steps; slopes are exponents of the {self.axis}",
         )
         symbolic = f"{len(self.symbolic)} differences from the table" if self.symbolic else "all"
         groups = f"  optimizer groups, multipliers and init as in the table: {symbolic}"

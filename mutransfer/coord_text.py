@@ -11,19 +11,29 @@ if TYPE_CHECKING:
 
 SUBJECTS = {
     "weight": "initial weights of {}",
+    "eps_share": "steps of {}",
     "update": "first updates of {}",
+    "later_update": "later updates of {}",
     "update_norm": "operator norms of the updates of {}",
     "logits": "{} at init",
     "activation": "activations of {} at init",
+    "branch": "what a block adds at init",
     "residual": "the residual stream at init",
     "attention_logits": "attention logits at init",
     "loss": "the loss at init",
+    "delta_branch": "changes in what a block adds",
     "delta_activation": "changes in the activations of {}",
     "delta_residual": "changes in the residual stream",
     "delta_attention_logits": "changes in the attention logits",
     "delta_logits": "changes in the {}",
 }
 """What each kind is called, causes before their consequences: culprits are told in this order."""
+
+SATURATED = (
+    "the softmax saturates in wide models, so that gradients vanish against eps: a consequence "
+    "of the logits at init"
+)
+"""A cause that is a consequence itself: told last."""
 
 SEVERITY: tuple[Verdict, ...] = ("PASS", "WARN", "FAIL")
 
@@ -41,11 +51,11 @@ def join_names(names: Sequence[str]) -> str:
     return ", ".join(joined)
 
 
-def power(slopes: Iterable[float]) -> str:
+def power(slopes: Iterable[float], axis: str = "width") -> str:
     """`width^-0.98`, or `width^-0.98…+0.02` for several."""
     found = sorted(slopes)
     ends = [f"{round(end, 2) + 0.0:+.2f}" for end in (found[0], found[-1])]
-    return "width^" + "…".join(dict.fromkeys(ends))
+    return f"{axis}^" + "…".join(dict.fromkeys(ends))
 
 
 def subject(kind: str, names: Sequence[str]) -> str:
@@ -60,10 +70,14 @@ def sentence(quantities: Sequence[Quantity]) -> str:
     slopes = [quantity.slope for quantity in quantities if quantity.slope is not None]
     if not slopes:
         return f"{about}: {first.cause}"
-    verb = "scales" if about.startswith("the ") else "scale"
-    most = "" if first.two_sided else "at most "
-    right = f"{most}{power([first.expected])}"
-    text = f"{about} {verb} as {power(slopes)}, right is {right}"
+    if first.kind == "eps_share":
+        text = f"eps takes up to {max(slopes):.0%} off the {about}, right is at most "
+        text += f"{first.warn:.0%}"
+    else:
+        verb = "scales" if about.startswith(("the ", "what ")) else "scale"
+        most = "" if first.two_sided else "at most "
+        right = f"{most}{power([first.expected], first.axis)}"
+        text = f"{about} {verb} as {power(slopes, first.axis)}, right is {right}"
     return f"{text}: {first.cause}" if first.cause else text
 
 
@@ -72,6 +86,8 @@ def culprits(quantities: Iterable[Quantity], findings: Iterable[Finding]) -> tup
 
     Among causes of one kind the one that is furthest off comes first: under a large deviation
     smaller ones follow, as gradients that vanish against eps where the softmax saturates.
+    Later updates are told only where the first was right; first updates under Muon, whose RMS
+    is judged on one side, only where their operator norm does not tell the same.
     """
     by_field: dict[str, list[Finding]] = {}
     for finding in findings:
@@ -81,15 +97,24 @@ def culprits(quantities: Iterable[Quantity], findings: Iterable[Finding]) -> tup
         more = len({finding.name for finding in found}) - 1
         told.append(found[0].sentence + (f" (and {more} more like it)" if more else ""))
     merged: dict[tuple[str, str, str, float], list[Quantity]] = {}
+    quantities = list(quantities)
+    first = {q.name for q in quantities if q.kind == "update" and q.verdict != "PASS"}
+    norms = {(q.name, q.cause, q.verdict) for q in quantities if q.kind == "update_norm"}
     for quantity in quantities:
+        if quantity.kind == "later_update" and quantity.name in first:
+            continue
+        same = (quantity.name, quantity.cause, quantity.verdict)
+        one_sided = quantity.slope is not None and not quantity.two_sided
+        if quantity.kind == "update" and one_sided and same in norms:
+            continue
         if quantity.verdict != "PASS":
             key = (quantity.verdict, quantity.kind, quantity.cause, quantity.expected)
             merged.setdefault(key, []).append(quantity)
     kinds = list(SUBJECTS)
 
-    def place(key: tuple[str, str, str, float]) -> tuple[int, int, float]:
+    def place(key: tuple[str, str, str, float]) -> tuple[int, bool, int, float]:
         farthest = max(excess(quantity) for quantity in merged[key])
-        return -SEVERITY.index(key[0]), kinds.index(key[1]), -farthest
+        return -SEVERITY.index(key[0]), key[2] == SATURATED, kinds.index(key[1]), -farthest
 
     order = sorted(merged, key=place)
     return (*told, *(sentence(merged[key]) for key in order))
@@ -104,6 +129,8 @@ def table(quantities: Sequence[Quantity]) -> list[str]:
             continue
         worst = max(curves, key=lambda q: (SEVERITY.index(q.verdict), excess(q)))
         label = SUBJECTS[kind].replace(" of {}", "").replace("{}", "logits")
+        if kind == "eps_share":
+            label = "share of the steps that eps takes"
         if worst.slope is None or worst.low is None or worst.high is None:
             slope = "none"
         else:

@@ -15,18 +15,45 @@ from typing import Literal
 import numpy as np
 import pandas as pd
 
-from mutransfer.coord_expect import UNJUDGED, Expectation, Ladder, Thresholds, expectation
-from mutransfer.coord_text import sentence
+from mutransfer.coord_depth import LOSS_SHIFTS, depth_expectation
+from mutransfer.coord_expect import (
+    UNJUDGED,
+    Axis,
+    Expectation,
+    Ladder,
+    Thresholds,
+    expectation,
+)
+from mutransfer.coord_text import SATURATED, sentence
 from mutransfer.errors import UserError
 
 Verdict = Literal["PASS", "WARN", "FAIL"]
-INITIAL = frozenset({"activation", "residual", "attention_logits", "logits", "loss", "weight"})
+INITIAL = frozenset(
+    {"activation", "residual", "branch", "attention_logits", "logits", "loss", "weight"}
+)
 """Kinds that are judged at t = 0."""
+
+SHOWN = frozenset({"update_ratio", "alignment"})
+"""Kinds that are measured and shown and have no right slope of their own."""
+
+REASONS = {
+    "later_update": "Muon sets the operator norm of its steps, which is judged, not their entries",
+    "loss": LOSS_SHIFTS,
+}
+"""Why else something is not judged, by kind."""
 
 DIVERGED = "the run diverges"
 DEAD = "it is zero at some widths only"
 STILL = "nothing moves it: frozen, in no optimizer group, or without a gradient"
 UNSURE = "too noisy to tell; more seeds would"
+DAMPED = (
+    "eps is not small against Adam's sqrt(v): it is too large, or it is not scaled down with the "
+    "width as the gradients are"
+)
+LOST = (
+    "the output multiplier is right at init and lost after the first step: weights and their "
+    "updates are right, so it is the forward pass that changes"
+)
 POOLED = 3
 """Changes are judged on their geometric mean over the last so many measured steps."""
 
@@ -59,6 +86,7 @@ class Quantity:
         verdict: PASS, WARN or FAIL.
         cause: What a deviation means; empty for a PASS.
         sentence: The verdict in plain words.
+        axis: What the slope is an exponent of.
     """
 
     kind: str
@@ -78,6 +106,7 @@ class Quantity:
     verdict: Verdict
     cause: str
     sentence: str
+    axis: Axis = "width"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -171,19 +200,80 @@ def judge(
     unjudged: list[Unjudged] = []
     for key, group in frame.groupby(["kind", "name"], sort=False):
         kind, name = (str(part) for part in key)
-        right = expectation(kind, name, ladder, limits)
+        right = _right(kind, name, ladder, limits)
         points = group.pivot(index=["width", "seed"], columns="t", values="value")
+        if kind == "eps_share":  # infinite as long as all gradients are zero
+            points = points[np.isfinite(points)].dropna(axis=1)
+            if points.empty:
+                continue
         if right is None:
-            if kind != "update_ratio":
-                unjudged.append(Unjudged(kind=kind, name=name, reason=UNJUDGED[kind, name]))
+            if kind not in SHOWN:
+                reason = UNJUDGED.get((kind, name)) or REASONS[kind]
+                unjudged.append(Unjudged(kind=kind, name=name, reason=reason))
         elif kind in INITIAL and bool((points[0] == 0).all()):
             unjudged.append(Unjudged(kind=kind, name=name, reason="zero at init, by choice"))
         else:
-            quantities.append(_quantity(kind, name, points, right))
-    return tuple(quantities), tuple(unjudged)
+            quantities.append(_quantity(kind, name, points, right, ladder.axis))
+    return _explained(quantities), tuple(unjudged)
 
 
-def _quantity(kind: str, name: str, points: pd.DataFrame, right: Expectation) -> Quantity:
+def _right(kind: str, name: str, ladder: Ladder, limits: Thresholds) -> Expectation | None:
+    if kind == "eps_share":
+        return Expectation(slope=0.0, above=limits.update, below=None, cause_above=DAMPED)
+    over = depth_expectation if ladder.axis == "depth" else expectation
+    return over(kind, name, ladder, limits)
+
+
+def _explained(quantities: Sequence[Quantity]) -> tuple[Quantity, ...]:
+    """The quantities, with causes that only several of them together give away.
+
+    Logits whose change grows although all is right at init, and all updates are, are computed
+    otherwise than at init. Where logits grow at init, updates that fall by less than a half
+    power of the width, the least that a wrongly scaled learning rate is off, do so because the
+    softmax has no gradient left.
+    """
+    failed = [q for q in quantities if q.verdict == "FAIL"]
+    right = not any(not q.kind.startswith("delta_") for q in failed)
+    grown = any(q.kind == "logits" and _off(q) > 0 for q in failed)
+    explained = []
+    for q in quantities:
+        cause = q.cause
+        if right and q.kind == "delta_logits" and q.verdict == "FAIL" and _off(q) > 0:
+            cause = LOST
+        if grown and "update" in q.kind and q.verdict != "PASS" and -0.5 < _off(q) < 0:
+            cause = SATURATED
+        new = replace(q, cause=cause)
+        explained.append(replace(new, sentence=sentence([new])))
+    return tuple(explained)
+
+
+def _off(quantity: Quantity) -> float:
+    return 0.0 if quantity.slope is None else quantity.slope - quantity.expected
+
+
+def damping(points: pd.DataFrame) -> Fit:
+    """The share of a step that eps takes away, at the width where it is largest.
+
+    |d log step / d log eps| = eps/(sqrt(v) + eps). The interval is from the smallest to the
+    largest over seeds; `slope_wide` is the largest without the smallest width.
+
+    Args:
+        points: eps/sqrt(v), a row per width and seed.
+    """
+    shares = (points / (1 + points)).mean(axis=1).groupby(level="width")
+    mean = shares.mean().to_numpy()
+    worst = int(mean.argmax())
+    return Fit(
+        slope=float(mean[worst]),
+        low=float(shares.min().iloc[worst]),
+        high=float(shares.max().iloc[worst]),
+        slope_wide=float(mean[1:].max()),
+    )
+
+
+def _quantity(
+    kind: str, name: str, points: pd.DataFrame, right: Expectation, axis: Axis
+) -> Quantity:
     """The verdict on the values of one quantity: one row per width and seed, a column per t."""
     times = _times(kind, points)
     chosen = points[list(times)]
@@ -193,10 +283,11 @@ def _quantity(kind: str, name: str, points: pd.DataFrame, right: Expectation) ->
     if len(odd):
         finite = bool(np.isfinite(odd).all(axis=None))
         where = ", ".join(str(width) for width in sorted(set(odd.index.get_level_values("width"))))
-        cause = f"{(STILL if times[0] else DEAD) if finite else DIVERGED} (width {where})"
+        cause = f"{(STILL if times[0] else DEAD) if finite else DIVERGED} ({axis} {where})"
     else:
         widths = [float(width) for width, _ in points.index]
-        fit = fit_slope(widths, np.exp2(np.log2(chosen).mean(axis=1)).tolist())
+        values = np.exp2(np.log2(chosen).mean(axis=1)).tolist()
+        fit = damping(chosen) if kind == "eps_share" else fit_slope(widths, values)
         verdict, unsure = decide(fit, right)
         if verdict != "PASS":
             upwards = fit.slope > right.slope
@@ -219,6 +310,7 @@ def _quantity(kind: str, name: str, points: pd.DataFrame, right: Expectation) ->
         verdict=verdict,
         cause=cause,
         sentence="",
+        axis=axis,
     )
     return replace(found, sentence=sentence([found]))
 

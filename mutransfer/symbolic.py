@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -79,6 +79,23 @@ def check_groups(
     return list({(finding.name, finding.field): finding for finding in reversed(found)}.values())[
         ::-1
     ]
+
+
+def check_after(
+    groups: Iterable[Mapping[str, Any]], table: Table, model: nn.Module
+) -> list[Finding]:
+    """What must still hold after some steps: shapes of the schedule, multipliers.
+
+    Args:
+        groups: All parameter groups, as they stand now.
+        table: The model's table.
+        model: The model, trained for a few steps.
+    """
+    changed = [
+        replace(finding, sentence=f"after the steps {finding.sentence}")
+        for finding in _multipliers(table, model)
+    ]
+    return [*check_schedule(groups), *changed]
 
 
 def check_schedule(groups: Iterable[Mapping[str, Any]]) -> list[Finding]:

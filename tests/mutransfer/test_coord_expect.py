@@ -187,14 +187,41 @@ def test_module_roles() -> None:
 
 
 def test_every_judged_side_has_a_cause_of_its_own() -> None:
-    names = {"weight": [*ROLES], "update": [*ROLES],
+    names = {"weight": [*ROLES], "update": [*ROLES], "later_update": [*ROLES],
              "update_norm": ["layers.*.q.weight", "layers.*.o.weight"],
              "logits": ["self-token logits", "other-token logits"], "loss": ["loss"]}  # fmt: skip
     for optimizer in ("adamw", "muon"):
-        for kind in SUBJECTS:
+        for kind in SUBJECTS.keys() - {"branch", "delta_branch", "eps_share"}:
             for name in names.get(kind, ["layers.*.q"]):
+                if (optimizer, kind) == ("muon", "later_update") and LADDER.roles[name].startswith(
+                    "hidden"
+                ):
+                    continue
                 found = right(kind, name, replace(LADDER, optimizer=optimizer))
                 assert found.cause_above, kind
                 if found.below is not None:
                     assert found.cause_below, kind
-                    assert found.cause_above != found.cause_below
+                    assert found.cause_above != found.cause_below or kind == "later_update"
+
+
+@pytest.mark.parametrize(
+    ("name", "adamw", "muon"),
+    [("embedding.weight", 0, 0), ("norm.weight", 0, 0), ("layers.*.q.weight", -1, None)],
+)
+def test_later_updates_go_as_the_learning_rate(name: str, adamw: float, muon: float | None) -> None:
+    found = right("later_update", name)
+    assert (found.slope, found.above, found.below) == (adamw, LIMITS.change, LIMITS.change)
+    under_muon = expectation("later_update", name, replace(LADDER, optimizer="muon"), LIMITS)
+    assert (None if under_muon is None else under_muon.slope) == muon
+
+
+def test_a_right_norm_falls_by_the_square_root_of_the_width_at_most() -> None:
+    """lr = 1/fan-in: the norm is 1 for equal rows, fan-in^-1/2 for independent ones."""
+    assert LIMITS.norm_below.warn == 0.5
+
+
+def test_growing_heads_are_told_of_their_softmax_scale() -> None:
+    name = "layers.*.attend"
+    growing = right("attention_logits", name, replace(LADDER, head_dim=1.0))
+    assert "1/sqrt(head_dim) where 1/head_dim is right" in growing.cause_above
+    assert "head_dim" not in right("attention_logits", name).cause_above

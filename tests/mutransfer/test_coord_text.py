@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from mutransfer.coord_text import (
+    SATURATED,
     SUBJECTS,
     culprits,
     excess,
@@ -131,6 +133,58 @@ def test_culprits_stand_worst_first_and_causes_before_consequences() -> None:
         assert line.startswith(start)
 
 
+def test_later_updates_are_told_only_where_the_first_is_right() -> None:
+    told = culprits(
+        [
+            quantity("update", "a.q.weight", 0.5, verdict="FAIL", cause="no 1/m"),
+            quantity("later_update", "a.q.weight", 0.5, verdict="FAIL", cause="assigns"),
+            quantity("update", "a.k.weight"),
+            quantity("later_update", "a.k.weight", 0.5, verdict="FAIL", cause="assigns"),
+        ],
+        (),
+    )
+    assert [line.partition(" scale")[0] for line in told] == [
+        "first updates of a.q", "later updates of a.k"
+    ]  # fmt: skip
+
+
+def test_one_sided_first_updates_are_not_told_beside_the_norm_that_tells_the_same() -> None:
+    """Under Muon the norm names all matrices, and the RMS only some of them."""
+    one_sided = {"two_sided": False, "warn_below": None, "fail_below": None}
+    wrong: dict[str, Any] = {"verdict": "FAIL", "cause": "no root"}
+    update = quantity("update", "a.q.weight", 0.5, **wrong, **one_sided)
+    norms = [quantity("update_norm", f"a.{name}.weight", 0.5, **wrong) for name in "qk"]
+    (told,) = culprits([update, *norms], ())
+    assert told.startswith("operator norms of the updates of a.{q,k} scale")
+    assert len(culprits([update], ())) == 1
+    assert len(culprits([replace(update, two_sided=True), *norms], ())) == 2
+
+
+def test_a_consequence_is_told_after_its_cause() -> None:
+    told = culprits(
+        [
+            quantity("update", "embedding.weight", -0.3, verdict="FAIL", cause=SATURATED),
+            quantity("loss", "loss", 0.5, verdict="FAIL", cause="the logits grow"),
+            quantity("delta_logits", "logits", 0.3, verdict="WARN", cause="y"),
+        ],
+        (),
+    )
+    assert [line.partition(" scale")[0] for line in told] == [
+        "the loss at init", "first updates of embedding", "changes in the logits"
+    ]  # fmt: skip
+
+
+def test_eps_is_told_as_a_share_and_depth_as_depth() -> None:
+    eps = quantity("eps_share", "a.q.weight", 0.34, verdict="FAIL", cause="too large")
+    assert sentence([eps]) == (
+        "eps takes up to 34% off the steps of a.q, right is at most 10%: too large"
+    )
+    deep = quantity("update", "a.q.weight", -0.5, verdict="FAIL", cause="lr", axis="depth")
+    assert sentence([deep]) == (
+        "first updates of a.q scale as depth^-0.50, right is depth^+0.00: lr"
+    )
+
+
 def test_symbolic_findings_of_one_field_are_told_once() -> None:
     told = culprits(
         [],
@@ -197,5 +251,6 @@ def test_the_table_has_a_line_per_kind_with_the_worst_curve() -> None:
 def test_every_judged_kind_has_a_subject() -> None:
     assert SUBJECTS.keys() >= INITIAL
     assert {kind for kind in SUBJECTS if kind.startswith("delta_")} == {
-        "delta_activation", "delta_residual", "delta_attention_logits", "delta_logits"
+        "delta_activation", "delta_branch", "delta_residual", "delta_attention_logits",
+        "delta_logits",
     }  # fmt: skip

@@ -10,9 +10,11 @@ import pandas as pd
 import pytest
 
 from mutransfer.coord_expect import Expectation, Ladder, Thresholds, Tolerance
+from mutransfer.coord_text import SATURATED
 from mutransfer.coord_verdict import (
     DEAD,
     DIVERGED,
+    LOST,
     STILL,
     UNSURE,
     Fit,
@@ -347,3 +349,42 @@ def test_thresholds_of_one_s_own_are_used() -> None:
     strict, lax = Thresholds(), Thresholds(init=Tolerance(warn=0.17, fail=0.3))
     verdicts = [judge(frame, LADDER, limits)[0][0].verdict for limits in (strict, lax)]
     assert verdicts == ["FAIL", "PASS"]
+
+
+def right_at_init() -> pd.DataFrame:
+    return pd.concat(
+        [
+            make_frame("logits", "other-token logits", lambda width, seed, t: width**-0.5),
+            make_frame("update", "embedding.weight", lambda *_: 1.0, times=(1, 2)),
+        ]
+    )
+
+
+def causes(*frames: pd.DataFrame) -> dict[str, str]:
+    quantities, _ = judge(pd.concat(frames), LADDER, Thresholds())
+    assert all(q.cause in q.sentence for q in quantities)
+    return {q.kind: q.cause for q in quantities}
+
+
+def test_logits_that_grow_although_all_else_is_right_have_lost_their_multiplier() -> None:
+    grow = make_frame("delta_logits", "logits", lambda w, seed, t: w**0.6, times=(1, 2, 4))
+    assert causes(right_at_init(), grow)["delta_logits"] == LOST
+    fast = make_frame("update", "layers.*.up.weight", lambda *_: 1.0, times=(1, 2))
+    assert "hidden learning rates are too large" in causes(fast, grow)["delta_logits"]
+    fall = make_frame("delta_logits", "logits", lambda w, seed, t: w**-0.9, times=(1, 2, 4))
+    assert "more than once" in causes(right_at_init(), fall)["delta_logits"]
+
+
+@pytest.mark.parametrize(
+    ("logits", "update", "saturated"),
+    [(0.5, -0.3, True), (0.5, -0.6, False), (0.5, 0.3, False), (-0.5, -0.3, False)],
+)
+def test_small_updates_under_large_logits_are_a_consequence(
+    logits: float, update: float, saturated: bool
+) -> None:
+    found = causes(
+        make_frame("logits", "other-token logits", lambda width, seed, t: width**logits),
+        make_frame("update", "embedding.weight", lambda w, seed, t: w**update, times=(1, 2)),
+    )
+    assert (found["update"] == SATURATED) == saturated
+    assert found["update"]
