@@ -71,7 +71,7 @@ def main() -> None:
     arms = {
         "tuned small": shared | {"name": "tuned-small"},
         "sp tuned large": shared | {"name": "sp-tuned-large", "parametrization": "sp",
-                                    "proxy": given["proxy"] | {"d_model": wide}},
+                                    "contrast": [], "proxy": given["proxy"] | {"d_model": wide}},
     }  # fmt: skip
     losses: dict[str, list[float]] = {}
     chosen, beyond = {}, {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from full_scale.recipe import Recipe
@@ -74,6 +75,7 @@ def admit(bundle: Bundle, recipe: Recipe, *, accept_unverified: bool = False) ->
     notes = bundle.verify(
         accept_unverified=accept_unverified, rebuild=lambda: _table(bundle, recipe)
     )
+    notes = (*notes, *_unchecked(bundle, recipe))
     bundle.table.resolve(meta_decoder(recipe.model))
     if all(row.optimizers.muon is None for row in bundle.table.rows) and any(
         phase.optimizer == "muon" for phase in recipe.phases
@@ -87,6 +89,26 @@ def admit(bundle: Bundle, recipe: Recipe, *, accept_unverified: bool = False) ->
         params = params.model_copy(update={"lr": params.lr * factor})
         table = _table(bundle, recipe, params)
     return Admission(table=table, params=params, conversions=conversions, notes=notes)
+
+
+def _unchecked(bundle: Bundle, recipe: Recipe) -> Iterator[str]:
+    """What the evidence is silent about."""
+    check = bundle.evidence.coord_check if bundle.evidence else None
+    if (
+        check is not None
+        and any(phase.optimizer == "muon" for phase in recipe.phases)
+        and all(line.optimizer != "muon" for line in check.slopes)
+    ):
+        yield (
+            "the run decays with Muon, under which coordinates were not checked: "
+            "set coord_check.optimizers = ['adamw', 'muon'] in the experiment"
+        )
+    layers, base = recipe.model.n_layers, bundle.base.config.get("n_layers")
+    if layers != base:
+        yield (
+            f"the target has {layers} layers, the base {base}: the depth rules were applied, but "
+            "the transfer was checked over width only"
+        )
 
 
 def admit_data(bundle: Bundle, corpus: Corpus) -> tuple[str, ...]:

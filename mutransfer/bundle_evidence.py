@@ -74,11 +74,12 @@ class Study(Record):
 
 
 class Slope(Record):
-    """One line of the coordinate check: slope of log2 quantity on log2 width at step `t`.
+    """One line of a coordinate check: slope of log2 quantity on log2 width at step `t`.
 
     Slope and interval are null where a quantity is zero or infinite.
     """
 
+    optimizer: str = Field(description="of the hidden matrices")
     kind: str
     name: str
     t: int
@@ -90,9 +91,11 @@ class Slope(Record):
 
 
 class CoordCheck(Record):
-    """What the coordinate check found."""
+    """What the coordinate checks found, one per optimizer, and at which base learning rate."""
 
     verdict: Verdict
+    lr: float = Field(gt=0, description="base learning rate that it ran at")
+    symbolic_findings: int = Field(ge=0, description="differences from the table; any is a FAIL")
     result_sha256: Sha256
     slopes: tuple[Slope, ...] = Field(min_length=1)
 
@@ -169,14 +172,15 @@ def check_study(study: Study) -> Trial:
 
 
 def check_verdicts(
-    evidence: Evidence | None, base: Mapping[str, object], accept_unverified: bool
+    evidence: Evidence | None, base: Mapping[str, object], accept_unverified: bool, *, lr: float
 ) -> tuple[str, ...]:
-    """Notes on verdicts other than PASS.
+    """Notes on verdicts other than PASS, and on what a PASS does not cover.
 
     Args:
         evidence: The evidence, if any.
         base: Config of the base model.
         accept_unverified: Whether a missing or failed verdict is a note, not an error.
+        lr: The base learning rate of the bundle.
 
     Raises:
         UserError: A verdict is missing or FAIL, or better than its own numbers allow.
@@ -198,6 +202,12 @@ def check_verdicts(
             verdict = f"{verdict}, accepted unverified"
         if verdict != "PASS":
             notes.append(f"evidence.{name}: {verdict}")
+    coord = evidence.coord_check if evidence else None
+    if coord is not None and coord.lr < lr * (1 - _STATISTICS):
+        notes.append(
+            f"evidence.coord_check ran at learning rate {coord.lr:.3g}, below the bundle's "
+            f"{lr:.3g}: what only larger steps show was not looked for"
+        )
     return tuple(notes)
 
 
@@ -205,7 +215,8 @@ def _check_coord_numbers(check: CoordCheck) -> None:
     where = "evidence.coord_check"
     for index, line in enumerate(check.slopes):
         _check_interval(f"{where}.slopes.{index}.slope", line.low, line.slope, line.high)
-    _check_verdict(where, check.verdict, _worst(line.verdict for line in check.slopes))
+    slopes = _worst(line.verdict for line in check.slopes)
+    _check_verdict(where, check.verdict, "FAIL" if check.symbolic_findings else slopes)
 
 
 def _check_transfer_numbers(check: TransferCheck, proxy_width: object) -> None:

@@ -13,7 +13,8 @@ What stays free, because only other files know better, when the hash is recomput
 - parameters of trials that did not win, their states, and trials left off the end;
 - single lines of the two checks, as long as each number lies inside its interval and no
   verdict is better than the numbers and the other verdicts allow:
-  `evidence.coord_check.slopes` with their verdicts, and in `evidence.transfer_check` the
+  `evidence.coord_check.slopes` with their verdicts, its `lr` (below the bundle's, it is
+  noted), and in `evidence.transfer_check` the
   bounds, the regret, the seeds, the widths (each once) and any optimum that the drift does
   not rest on. The result files hold the originals.
 
@@ -71,7 +72,12 @@ def verify(
         _compare_tables(bundle.table, expected_table(bundle, p), "the rules do not reproduce this")
         if rebuild is not None:
             _compare_tables(bundle.table, rebuild(), "the model's own table differs")
-        return check_verdicts(bundle.evidence, bundle.base.config, accept_unverified)
+        return check_verdicts(
+            bundle.evidence,
+            bundle.base.config,
+            accept_unverified,
+            lr=bundle.base_hyperparameters.lr,
+        )
     except ArithmeticError as error:
         raise UserError(f"a number is out of every range ({error})", where="bundle") from error
     except ValidationError as error:  # the rules make of it what no table may hold

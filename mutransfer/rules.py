@@ -191,6 +191,21 @@ def get_parametrization(name: str) -> Parametrization:
     return PARAMETRIZATIONS[name]
 
 
+def register(parametrization: Parametrization) -> None:
+    """Makes rules of your own known by their name: to experiments, sweeps and `Bundle.verify`.
+
+    It holds for this process: sweeps with them train in one worker, and a program that reads
+    their bundles registers them too.
+
+    Raises:
+        UserError: Other rules have that name.
+    """
+    known = PARAMETRIZATIONS.setdefault(parametrization.name, parametrization)
+    if known != parametrization:
+        raise UserError("other rules have this name", where="parametrization",
+                        got=parametrization.name, cure="Name yours differently.")  # fmt: skip
+
+
 @dataclass(frozen=True, kw_only=True)
 class Ratios:
     """Where one parameter stands relative to the base model.

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from mutransfer.apply import initialize
 from mutransfer.errors import UserError
 from mutransfer.optimizers import Momentum, Optimizers
-from mutransfer.rules import DEFAULT, BaseParams
+from mutransfer.rules import DEFAULT, BaseParams, get_parametrization
 from mutransfer.schedule import WSD, Shape
 from proxies.data import Batches, Corpus, heldout_batches
 from proxies.decoder import Decoder, DecoderConfig
@@ -92,6 +92,7 @@ class RunSpec(BaseModel):
     base: DecoderConfig = Field(description="the proxy that ratios refer to")
     base_width: int = Field(ge=1, description="width at which m = 1")
     parametrization: str = DEFAULT
+    rules_version: int = Field(1, ge=1, description="of the parametrization's rules")
     params: BaseParams = BaseParams()
     train: TrainConfig = TrainConfig()
     seed: int = Field(0, ge=0, description="of the initial weights and the data order")
@@ -222,6 +223,14 @@ class Runner:
         if spec.data != self.corpus.fingerprint:
             raise UserError("run belongs to another corpus", where="data", got=spec.data,
                             expected=self.corpus.fingerprint)  # fmt: skip
+        known = get_parametrization(spec.parametrization).version
+        if spec.rules_version != known:
+            raise UserError(
+                "the rules of this parametrization have another version here",
+                where="rules_version",
+                got=spec.rules_version,
+                expected=known,
+            )
         if spec.model.vocab_size != self.corpus.vocab_size:
             raise UserError("model and tokenizer differ in vocabulary", where="vocab_size",
                             got=spec.model.vocab_size, expected=self.corpus.vocab_size,

@@ -6,12 +6,15 @@ import torch
 
 from mutransfer.apply import initialize
 from mutransfer.coord_check import CoordCheckResult, Trainable, coord_check
+from mutransfer.errors import UserError
 from mutransfer.files import atomic_path
 from mutransfer.optimizers import Matrix, Optimizers
 from mutransfer.progress import Report, part, quiet
+from mutransfer.rules import BaseParams
 from proxies.data import Batches
 from proxies.decoder import Decoder
 from proxies.tables import decoder_table
+from sweeps.sweep import load_sweep
 from sweeps.workspace import Workspace
 
 
@@ -34,12 +37,12 @@ def run_coord_check(
     from mutransfer.coord_plot import coord_check_figure
 
     e, folder = workspace.experiment, workspace.folder("coord-check")
-    c = e.coord_check
+    c, params = e.coord_check, _params(workspace, progress)
     arms = [(arm, kind) for arm in (e.parametrization, *e.contrast) for kind in c.optimizers]
     results: dict[str, CoordCheckResult] = {}
     for place, (arm, kind) in enumerate(arms):
         results[f"{arm} {kind}"] = coord_check(
-            _Factory(workspace, arm, kind),  # type: ignore[arg-type]
+            _Factory(workspace, params, arm, kind),  # type: ignore[arg-type]
             c.widths,
             seeds=c.seeds,
             steps=c.steps,
@@ -51,7 +54,8 @@ def run_coord_check(
     with atomic_path(folder / "coord_check.csv") as path:
         pd.concat(frames).to_csv(path, index=False)
     checks = {name: result.to_json() for name, result in results.items()}
-    workspace.save("coord_check", verdict, {"checks": checks})
+    found = {"checks": checks, "base_hyperparameters": params.model_dump()}
+    workspace.save("coord_check", verdict, found)
     shown = [f"{e.parametrization} {c.optimizers[0]}"]
     shown += [f"{arm} {c.optimizers[0]}" for arm in e.contrast[:1]]
     with atomic_path(folder / "coord_check.png") as path:
@@ -60,14 +64,27 @@ def run_coord_check(
     return results
 
 
+def _params(workspace: Workspace, progress: Report) -> BaseParams:
+    """What to check at: the winner of this experiment's sweep, or before it the file's values."""
+    e = workspace.experiment
+    try:
+        params, _ = load_sweep(workspace)
+        progress("checked at the hyperparameters that won the sweep")
+    except UserError:
+        params = e.params
+        progress("no sweep of this experiment yet: checked at the experiment's own [params]")
+    return params.model_copy(update={"lr": e.coord_check.lr or params.lr})
+
+
 class _Factory:
     """Builds the decoder of a width, with its optimizers and one batch for all widths."""
 
-    def __init__(self, workspace: Workspace, arm: str, optimizer: Matrix) -> None:
+    def __init__(
+        self, workspace: Workspace, params: BaseParams, arm: str, optimizer: Matrix
+    ) -> None:
         e, c = workspace.experiment, workspace.experiment.coord_check
-        self._experiment, self._arm, self._optimizer = e, arm, optimizer
-        # decay off: it shrinks what the check watches grow (its coupling is checked symbolically)
-        self._params = e.params.model_copy(update={"lr": c.lr or e.params.lr, "weight_decay": 0.0})
+        self._experiment, self._params = e, params
+        self._arm, self._optimizer = arm, optimizer
         self._batches = Batches(
             workspace.corpus.train, seq_len=c.seq_len, batch_size=c.batch_size, seed=0
         )

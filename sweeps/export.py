@@ -12,6 +12,7 @@ import rfc8785
 
 from mutransfer.bundle import Bundle
 from mutransfer.bundle_evidence import Study
+from mutransfer.errors import UserError
 from mutransfer.rules import BaseParams, get_parametrization
 from proxies.tables import decoder_table
 from sweeps.sweep import load_sweep
@@ -31,6 +32,15 @@ def run_export(workspace: Workspace) -> tuple[Bundle, Path]:
     e = workspace.experiment
     params, study = load_sweep(workspace)
     coord, transfer = workspace.load("coord_check"), workspace.load("transfer_check")
+    for name, value in transfer["base_hyperparameters"].items():
+        if value != getattr(params, name):
+            raise UserError(
+                "the transfer check is of other hyperparameters than the sweep's winner",
+                where=f"transfer_check.json: base_hyperparameters.{name}",
+                got=value,
+                expected=getattr(params, name),
+                cure="Run `mutransfer transfer-check` again.",
+            )
     corpus = workspace.corpus
     table = decoder_table(e.target, e.base, params, e.parametrization, base_width=e.base_width)
     bundle = Bundle.create(
@@ -59,7 +69,7 @@ def run_export(workspace: Workspace) -> tuple[Bundle, Path]:
         },
         versions=versions(),
     )
-    bundle.verify(accept_unverified=True, rebuild=lambda: table)
+    bundle.verify(accept_unverified=True)
     path = workspace.folder("export") / "bundle.json"
     bundle.save(path)
     return bundle, path
@@ -83,13 +93,16 @@ def _coord_evidence(
     record: dict[str, Any], parametrization: str, optimizers: tuple[str, ...]
 ) -> dict[str, Any]:
     fields = ("kind", "name", "t", "slope", "low", "high", "expected", "verdict")
+    checks = {kind: record["checks"][f"{parametrization} {kind}"] for kind in optimizers}
     return {
         "verdict": record["verdict"],
+        "lr": record["base_hyperparameters"]["lr"],
+        "symbolic_findings": sum(len(check["symbolic"]) for check in checks.values()),
         "result_sha256": _sha256(record),
         "slopes": [
-            {field: quantity[field] for field in fields}
-            for optimizer in optimizers
-            for quantity in record["checks"][f"{parametrization} {optimizer}"]["quantities"]
+            {"optimizer": kind} | {field: quantity[field] for field in fields}
+            for kind, check in checks.items()
+            for quantity in check["quantities"]
         ],
     }
 

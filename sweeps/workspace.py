@@ -8,7 +8,7 @@ from typing import Any
 
 from mutransfer.errors import UserError
 from mutransfer.files import read_json, write_json
-from mutransfer.rules import BaseParams
+from mutransfer.rules import BaseParams, get_parametrization
 from proxies.data import Corpus, prepare
 from proxies.decoder import DecoderConfig
 from proxies.run import RunSpec
@@ -68,11 +68,13 @@ class Workspace:
     ) -> RunSpec:
         """A run of this experiment."""
         e = self.experiment
+        rules = get_parametrization(parametrization or e.parametrization)
         return RunSpec(
             model=model,
             base=e.base,
             base_width=e.base_width,
-            parametrization=parametrization or e.parametrization,
+            parametrization=rules.name,
+            rules_version=rules.version,
             params=params,
             train=e.train,
             seed=seed,

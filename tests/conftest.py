@@ -91,7 +91,13 @@ def passed() -> dict[str, Any]:
         Trial.of(3, "PRUNED", {"lr": 2**-9}, {}),
     )
     provenance: dict[str, Any] = {name: {"source": "fixed"} for name in BaseParams.model_fields}
-    line = {"kind": "activation", "name": "embedding", "t": 0, "verdict": "PASS"}
+    line = {
+        "optimizer": "adamw",
+        "kind": "activation",
+        "name": "embedding",
+        "t": 0,
+        "verdict": "PASS",
+    }
     return {
         "provenance": provenance | {"lr": {"source": "study", "study": "test", "trials": [1]}},
         "evidence": {
@@ -103,6 +109,8 @@ def passed() -> dict[str, Any]:
             },
             "coord_check": {
                 "verdict": "PASS",
+                "lr": 2**-7,
+                "symbolic_findings": 0,
                 "result_sha256": "c" * 64,
                 "slopes": [
                     {**line, "slope": 0.01, "low": -0.05, "high": 0.06, "expected": 0.0},

@@ -62,8 +62,9 @@ def own_bundle(own: ModuleType) -> Bundle:
         evidence={
             "study": {"name": "own", "selection": "lowest_mean_loss", "seeds": [0],
                       "trials": [trial]},
-            "coord_check": {"verdict": "PASS", "result_sha256": "0" * 64, "slopes": [
-                {"kind": "loss", "name": "loss", "t": 0, "slope": 0.0, "low": -0.01, "high": 0.01,
+            "coord_check": {"verdict": "PASS", "lr": params.lr, "symbolic_findings": 0,
+                            "result_sha256": "0" * 64, "slopes": [
+                {"optimizer": "adamw", "kind": "loss", "name": "loss", "t": 0, "slope": 0.0, "low": -0.01, "high": 0.01,
                  "expected": 0.0, "verdict": "PASS"}]},
             "transfer_check": {
                 "verdict": "PASS", "drift": 0.0, "drift_low": 0.0, "drift_high": 0.4,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
 from collections.abc import Callable
@@ -14,6 +15,11 @@ from full_scale.recipe import Recipe
 from mutransfer.bundle import Bundle
 from mutransfer.errors import UserError
 from proxies.data import Corpus
+from proxies.presets import get_preset
+from proxies.tables import decoder_table
+
+TARGET = get_preset("tiny-64").narrow(64, n_layers=2)
+BASE = TARGET.narrow(32)
 
 
 def test_the_recipe_it_was_made_for(bundle: Bundle, recipe: Recipe) -> None:
@@ -105,3 +111,29 @@ def test_data(bundle: Bundle, corpus: Corpus) -> None:
     for field, value in (("vocab_size", 257), ("tokenizer_fingerprint", "f" * 64)):
         with pytest.raises(UserError, match=r"another (vocabulary|tokenizer)"):
             admit_data(bundle, dataclasses.replace(corpus, **{field: value}))
+
+
+def test_a_run_on_muon_is_noted_where_only_adamw_was_checked(
+    make_bundle: Callable[..., Bundle], passed: dict[str, Any], recipe: Recipe
+) -> None:
+    def notes(optimizer: str) -> str:
+        evidence = copy.deepcopy(passed["evidence"])
+        evidence["coord_check"]["slopes"][0]["optimizer"] = optimizer
+        return "".join(admit(make_bundle(**passed | {"evidence": evidence}), recipe).notes)
+
+    assert "decays with Muon, under which coordinates were not checked" in notes("adamw")
+    assert "Muon" not in notes("muon")
+
+
+def test_another_depth_than_the_base_s_is_noted(
+    make_bundle: Callable[..., Bundle], recipe: Recipe, passed: dict[str, Any]
+) -> None:
+    assert "layers" not in "".join(admit(make_bundle(**passed), recipe).notes)
+    shallow = BASE.model_copy(update={"n_layers": 1})
+    params = make_bundle().base_hyperparameters
+    deeper = make_bundle(
+        **passed,
+        base={"config": shallow.model_dump(), "base_width": 32},
+        table=decoder_table(TARGET, shallow, params),
+    )
+    assert "the target has 2 layers, the base 1" in "".join(admit(deeper, recipe).notes)

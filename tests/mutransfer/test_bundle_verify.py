@@ -33,6 +33,7 @@ FREE_NUMBERS = (
     r"horizon_tokens",
     r"(base|target)\.config\.max_seq_len",
     r"evidence\.study\.trials\.[023]\.params\.\w+",
+    r"evidence\.coord_check\.lr",
     r"evidence\.coord_check\.slopes\.\d+\.(t|slope|low|high|expected)",
     r"evidence\.transfer_check\.(drift_low|drift_high|regret|regret_low|regret_high)",
     r"evidence\.transfer_check\.seeds\.\d+",
@@ -44,7 +45,7 @@ FREE_NAMES = (
     r"data\.(fingerprint|tokenizer_fingerprint)",
     r"versions\.\w+",
     r"evidence\.(coord_check|transfer_check)\.result_sha256",
-    r"evidence\.coord_check\.slopes\.\d+\.(kind|name)",
+    r"evidence\.coord_check\.slopes\.\d+\.(optimizer|kind|name)",
 )
 
 
@@ -403,6 +404,7 @@ def test_statistics_of_a_trial() -> None:
     [
         # coordinate check: the worst of its lines
         ({"coord_check.slopes.0.verdict": "WARN"}, "coord_check", "WARN"),
+        ({"coord_check.symbolic_findings": 1}, "coord_check", "FAIL"),
         ({"coord_check.slopes.1.verdict": "FAIL"}, "coord_check", "FAIL"),
         ({"coord_check.slopes.0.verdict": "FAIL", "coord_check.verdict": "WARN"}, "coord_check",
          "FAIL"),
@@ -755,3 +757,12 @@ def test_differences() -> None:
         ("e", [1], [1, 2]),
     ]
     assert list(differences({"a": 2.0}, {"a": 2.0000001}, rounding=1e-6)) == []
+
+
+def test_a_coordinate_check_below_the_bundle_s_learning_rate_is_noted(
+    sound: Bundle, tmp_path: Path
+) -> None:
+    for lr, noted in ((2**-7, False), (2**-6, False), (2**-7 * 0.99, True)):
+        document = put(document_of(sound), at("evidence.coord_check.lr"), lr)
+        notes = read(rehashed(document), tmp_path).verify()
+        assert any("only larger steps show" in note for note in notes) == noted

@@ -14,7 +14,14 @@ from pydantic import ValidationError
 from mutransfer import rules
 from mutransfer.errors import UserError
 from mutransfer.roles import Role, decoder_role, matches, pattern_of
-from mutransfer.rules import DEFAULT, PARAMETRIZATIONS, BaseParams, Ratios, get_parametrization
+from mutransfer.rules import (
+    DEFAULT,
+    PARAMETRIZATIONS,
+    BaseParams,
+    Parametrization,
+    Ratios,
+    get_parametrization,
+)
 
 BASE = BaseParams(
     lr=0.01,
@@ -347,3 +354,15 @@ def test_patterns_name_every_layer_and_nothing_else() -> None:
     assert not matches(pattern, "a.layers.1.mlp.up.weight")
     assert pattern_of("experts.3.layers.4.w2") == "experts.*.layers.*.w2"
     assert pattern_of("conv1.weight") == "conv1.weight"
+
+
+def test_rules_of_ones_own_are_registered_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rules, "PARAMETRIZATIONS", dict(PARAMETRIZATIONS))
+    mine = Parametrization(name="mine", hidden_lr=0.5)
+    with pytest.raises(UserError, match="unknown parametrization"):
+        rules.get_parametrization("mine")
+    rules.register(mine)
+    rules.register(mine)
+    assert rules.get_parametrization("mine") is mine
+    with pytest.raises(UserError, match="other rules have this name"):
+        rules.register(Parametrization(name="completep-tied", hidden_lr=0.5))

@@ -17,6 +17,7 @@ import pytest
 from mutransfer.bundle import Bundle
 from mutransfer.errors import UserError
 from mutransfer.rules import BaseParams
+from proxies.run import RunResult
 from sweeps.experiment import Experiment
 from sweeps.export import run_export
 from sweeps.pool import PoolConfig
@@ -64,6 +65,37 @@ def test_the_whole_flow_leaves_what_it_should(workspace: Workspace) -> None:
     assert record["experiment_sha256"] == workspace.experiment.sha256
 
 
+def test_export_refuses_a_transfer_check_of_another_winner(workspace: Workspace) -> None:
+    from sweeps.coord import run_coord_check
+
+    run_sweep(workspace, INLINE)
+    run_coord_check(workspace)
+    run_transfer_check(workspace, INLINE)
+    path = workspace.root / "transfer-check" / "transfer_check.json"
+    record = json.loads(path.read_text())
+    record["base_hyperparameters"]["output_multiplier"] = 3.0
+    path.write_text(json.dumps(record))
+    with pytest.raises(UserError, match=r"output_multiplier: .*; got 3\.0; expected 1\.0"):
+        run_export(workspace)
+
+
+def test_the_coordinate_check_is_made_at_the_sweep_s_winner(workspace: Workspace) -> None:
+    from sweeps.coord import run_coord_check
+
+    said: list[str] = []
+    path = workspace.root / "coord-check" / "coord_check.json"
+
+    def checked_at() -> object:
+        run_coord_check(workspace, progress=lambda line, share=None: said.append(line))
+        return json.loads(path.read_text())["base_hyperparameters"]
+
+    assert checked_at() == workspace.experiment.params.model_dump()
+    assert said[0].startswith("no sweep of this experiment yet")
+    params, _ = run_sweep(workspace, INLINE)
+    assert checked_at() == params.model_dump()
+    assert any("that won the sweep" in line for line in said)
+
+
 def test_workers_and_inline_find_the_same_runs(experiment: Experiment, tmp_path: Path) -> None:
     sweep = experiment.sweep.model_copy(update={"pruning": False})  # it goes by who is first
     experiment = experiment.model_copy(update={"sweep": sweep})
@@ -97,7 +129,7 @@ def test_steps_out_of_order_say_what_to_run(workspace: Workspace) -> None:
 
 def test_an_interrupted_trial_is_asked_anew_within_the_budget(workspace: Workspace) -> None:
     folder = workspace.folder("sweep")
-    study = open_study(workspace.experiment, folder)
+    study = open_study(workspace.experiment, workspace.corpus.fingerprint, folder)
     trial = study.ask()
     lr = trial.suggest_float("lr", 0.002, 0.05, log=True)
     assert budget_used(study) == 1
@@ -118,6 +150,35 @@ def test_the_grid_grows_towards_an_optimum_on_its_border(workspace: Workspace) -
     top = frame.groupby("arm").lr.max()
     assert top["completep-tied"] == pytest.approx(4e-4), "one octave of grid and one of growth"
     assert not frame.duplicated(["arm", "width", "lr", "seed"]).any()
+
+
+def test_the_grid_grows_downwards_where_every_learning_rate_diverges(workspace: Workspace) -> None:
+    with workspace.ledger() as ledger:
+        grid = Grid(workspace, workspace.experiment.params, ledger)
+        for cell, _, spec in list(grid.runs()):
+            wide = cell.width == 64
+            ledger.add(RunResult(key=spec.key, loss=None if wide else 2.0 + cell.index**2,
+                                 evaluations=(), diverged_at=1 if wide else None, tokens=64,
+                                 epochs=0.1, seconds=0.0))  # fmt: skip
+        grid.train(INLINE)
+        frame = grid.frame()
+    steps = (frame.lr / workspace.experiment.params.lr).groupby([frame.arm, frame.width]).unique()
+    for arm in ("completep-tied", "sp"):
+        assert sorted(steps[arm, 32]) == [0.5, 1, 2], "its optimum is inside"
+        assert sorted(steps[arm, 64]) == [0.25, 0.5, 1, 2]
+
+
+def test_a_sweep_on_another_text_is_refused(workspace: Workspace, tmp_path: Path) -> None:
+    """The experiment's file is the same, the text that it names is not."""
+    e = workspace.experiment
+    text = tmp_path / "text.txt"
+    text.write_bytes(Path(e.data.train[0]).read_bytes())
+    data = e.data.model_copy(update={"train": (str(text),)})
+    place = Workspace(e.model_copy(update={"data": data}), workspace.root)
+    run_sweep(place, INLINE, trials=1)
+    text.write_bytes(text.read_bytes()[::-1])
+    with pytest.raises(UserError, match="searches on another text"):
+        run_sweep(Workspace(place.experiment, workspace.root), INLINE, trials=1)
 
 
 def test_a_winner_at_the_end_of_a_range_is_a_warning(experiment: Experiment) -> None:
