@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 from mutransfer.optimizers import Matrix, Momentum
 from mutransfer.schedule import Shape, interpolate
-from mutransfer.schema import find_shipped, parse, read_toml
+from mutransfer.schema import MAX_INTEGER, find_shipped, parse, read_toml
 from proxies.data import DataConfig
 from proxies.decoder import DecoderConfig
 from proxies.presets import get_preset
@@ -110,7 +110,9 @@ class Recipe(BaseModel):
         "fp32", description="of the forward and backward pass; weights and moments stay fp32"
     )
     clip_norm: float | None = Field(None, gt=0, description="global gradient norm; None: off")
-    seed: int = Field(0, ge=0, lt=2**63, description="of the initial weights and the data order")
+    seed: int = Field(
+        0, ge=0, le=MAX_INTEGER, description="of the initial weights and the data order"
+    )
     max_skipped: int = Field(
         10, ge=1, description="non-finite steps in a row after which the run gives up"
     )

@@ -186,6 +186,8 @@ def main(args: Sequence[str] | None = None) -> int:
         return _fail(
             f"the Python package {root!r} is not installed. Run 'make setup' in the checkout, "
             "or install mutransfer again with pip.", error, debug)  # fmt: skip
+    except OSError as error:  # no such folder, no right to write, no room
+        return _fail(_refusal(error), error, debug)
     except typer.Abort:  # end of input at a prompt
         return 130
 
@@ -195,6 +197,15 @@ def _take_debug(words: list[str]) -> tuple[list[str], bool]:
     end = words.index("--") if "--" in words else len(words)
     rest = [word for word in words[:end] if word != "--debug"]
     return rest + words[end:], len(rest) < end
+
+
+def _refusal(error: OSError) -> str:
+    """What the operating system refused, and where."""
+    return str(UserError(
+        error.strerror or str(error) or type(error).__name__,
+        where=None if error.filename is None else str(error.filename),
+        cure="Check that it can be read and written, and that the disk has room.",
+    ))  # fmt: skip
 
 
 def _fail(message: str, error: BaseException, debug: bool) -> int:

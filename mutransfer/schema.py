@@ -14,6 +14,9 @@ from mutransfer.errors import UserError
 
 Model = TypeVar("Model", bound=BaseModel)
 
+MAX_INTEGER = 2**53 - 1
+"""The largest integer that RFC 8785, by which everything is hashed, can write (I-JSON)."""
+
 _MAX_BYTES = 2**20
 
 

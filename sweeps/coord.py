@@ -23,8 +23,9 @@ def run_coord_check(
 ) -> dict[str, CoordCheckResult]:
     """Runs the check for the experiment's parametrization and for each contrast.
 
-    Leaves `coord_check.csv`, `.json` and `.png` in the folder `coord-check`; the verdict is
-    the worst of the parametrization's own, one per optimizer. Contrasts do not enter it.
+    Leaves `coord_check.csv`, `.json` and `.png` in the folder `coord-check`, and a picture
+    `coord_check_<optimizer>.png` for a second optimizer. The verdict is the worst of the
+    parametrization's own, one per optimizer; contrasts do not enter it.
 
     Returns:
         Results by name: `<parametrization> <optimizer>`, contrasts last.
@@ -56,11 +57,11 @@ def run_coord_check(
     checks = {name: result.to_json() for name, result in results.items()}
     found = {"checks": checks, "base_hyperparameters": params.model_dump()}
     workspace.save("coord_check", verdict, found)
-    shown = [f"{e.parametrization} {c.optimizers[0]}"]
-    shown += [f"{arm} {c.optimizers[0]}" for arm in e.contrast[:1]]
-    with atomic_path(folder / "coord_check.png") as path:
-        figure = coord_check_figure(*(results[name] for name in shown))
-        figure.savefig(path, format="png", dpi=150)
+    for kind in c.optimizers:
+        shown = [results[f"{arm} {kind}"] for arm in (e.parametrization, *e.contrast[:1])]
+        name = "coord_check" if kind == c.optimizers[0] else f"coord_check_{kind}"
+        with atomic_path(folder / f"{name}.png") as path:
+            coord_check_figure(*shown).savefig(path, format="png", dpi=150)
     return results
 
 

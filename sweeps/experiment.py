@@ -5,14 +5,21 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import rfc8785
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_validator,
+)
 
 from mutransfer.errors import UserError
 from mutransfer.rules import DEFAULT, BaseParams, get_parametrization
-from mutransfer.schema import find_shipped, parse, read_toml
+from mutransfer.schema import MAX_INTEGER, find_shipped, parse, read_toml
 from proxies.data import DataConfig
 from proxies.decoder import DecoderConfig
 from proxies.presets import get_preset
@@ -21,6 +28,15 @@ from proxies.run import TrainConfig
 SHIPPED = Path(__file__).parent / "experiments"
 
 _RECORD = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+def _distinct(widths: tuple[int, ...]) -> tuple[int, ...]:
+    if twice := [width for width in widths if widths.count(width) > 1]:
+        raise ValueError(f"every width once, please; got {twice[0]} more than once")
+    return widths
+
+
+Widths = Annotated[tuple[int, ...], AfterValidator(_distinct)]
 
 
 class ProxyConfig(BaseModel):
@@ -67,7 +83,7 @@ class SweepConfig(BaseModel):
     confirm_seeds: int = Field(3, ge=1, le=100, description="seeds that the winner is chosen on")
     startup: int = Field(12, ge=1, description="first trials, drawn before the model takes over")
     pruning: bool = Field(True, description="stop trials worse than the median at a rung")
-    seed: int = Field(0, ge=0, description="of the sampler")
+    seed: int = Field(0, ge=0, le=MAX_INTEGER, description="of the sampler")
 
     @model_validator(mode="after")
     def _seeds(self) -> SweepConfig:
@@ -82,9 +98,9 @@ class CoordCheckConfig(BaseModel):
     """What the coordinate check measures, and on what."""
 
     model_config = _RECORD
-    widths: tuple[int, ...] = Field((32, 64, 128, 256), min_length=3, description="d_model")
+    widths: Widths = Field((32, 64, 128, 256), min_length=3, description="d_model")
     seeds: int = Field(3, ge=1, le=100)
-    steps: int = Field(8, ge=1, le=10000, description="optimizer steps on one fixed batch")
+    steps: int = Field(8, ge=2, le=10000, description="optimizer steps on one fixed batch")
     batch_size: int = Field(8, ge=1, description="sequences")
     seq_len: int = Field(64, ge=2, description="tokens")
     lr: float | None = Field(None, gt=0, description="base lr; None = params.lr")
@@ -102,7 +118,7 @@ class TransferCheckConfig(BaseModel):
     """The grid of the transfer check, around the learning rate that the sweep found."""
 
     model_config = _RECORD
-    widths: tuple[int, ...] = Field((32, 64, 128), min_length=2, description="d_model")
+    widths: Widths = Field((32, 64, 128), min_length=2, description="d_model")
     seeds: int = Field(3, ge=1, le=100)
     contrast_seeds: int | None = Field(
         None, ge=1, le=100, description="seeds of the contrast arms; None = as many"
@@ -133,10 +149,16 @@ class Experiment(BaseModel):
     def _consistent(self) -> Experiment:
         for name in (self.parametrization, *self.contrast):
             get_parametrization(name)
-        for name in self.search:
-            if name not in BaseParams.model_fields:
-                raise UserError("cannot search an unknown hyperparameter", where="search",
-                                got=name, expected=", ".join(BaseParams.model_fields))  # fmt: skip
+        if self.parametrization in self.contrast:
+            raise UserError("a parametrization cannot be the contrast of itself", where="contrast",
+                            got=self.parametrization, expected="other rules than parametrization",
+                            cure="Leave it out: contrast = [] for none.")  # fmt: skip
+        self._check_search()
+        self._check_lengths()
+        if self.data.vocab_size != self.target.vocab_size:
+            raise UserError("the text's vocabulary is not the target's", where="data.vocab_size",
+                            got=self.data.vocab_size,
+                            expected=f"{self.target.vocab_size}, target.vocab_size")  # fmt: skip
         for width in (self.proxy.d_model, *self.coord_check.widths, *self.transfer_check.widths):
             self.model_at(width)
         if self.proxy.d_model not in self.transfer_check.widths:
@@ -144,6 +166,44 @@ class Experiment(BaseModel):
                             where="transfer_check.widths", got=self.transfer_check.widths,
                             expected=f"{self.proxy.d_model} among them")  # fmt: skip
         return self
+
+    def _check_search(self) -> None:
+        """Refuses a search for nothing, or for values that `BaseParams` refuses."""
+        if not self.search:
+            raise UserError("there is nothing to search", where="search",
+                            expected="a hyperparameter with its range at least",
+                            cure="lr = { low = 0.001, high = 0.125 }, for one.")  # fmt: skip
+        for name, bounds in self.search.items():
+            if name not in BaseParams.model_fields:
+                raise UserError("cannot search an unknown hyperparameter", where=f"search.{name}",
+                                got=name, expected=", ".join(BaseParams.model_fields))  # fmt: skip
+            for end, value in (("low", bounds.low), ("high", bounds.high)):
+                try:
+                    BaseParams.model_validate({name: value})
+                except ValidationError as error:
+                    raise UserError(
+                        "no value that this hyperparameter may have",
+                        where=f"search.{name}.{end}",
+                        got=value,
+                        expected=error.errors()[0]["msg"].removeprefix("Input should be "),
+                    ) from None
+
+    def _check_lengths(self) -> None:
+        """Refuses sequences and evaluations that do not fit; all in tokens."""
+        longest = self.target.max_seq_len
+        for where, got in (
+            ("train", self.train.seq_len),
+            ("coord_check", self.coord_check.seq_len),
+        ):
+            if got > longest:
+                raise UserError("sequences are longer than the target's", where=f"{where}.seq_len",
+                                got=got,
+                                expected=f"at most {longest}, target.max_seq_len")  # fmt: skip
+        if self.train.heldout_tokens < self.train.batch_tokens:
+            raise UserError("fewer held-out tokens than one batch", where="train.heldout_tokens",
+                            got=self.train.heldout_tokens,
+                            expected=f"at least {self.train.batch_tokens}, "
+                                     "batch_size x seq_len")  # fmt: skip
 
     @property
     def base(self) -> DecoderConfig:

@@ -21,43 +21,49 @@ from proxies.run import RunResult
 from sweeps.experiment import Experiment, first_difference
 from sweeps.ledger import Ledger
 from sweeps.pool import Job, PoolConfig, run_jobs
+from sweeps.storage import connect, place
 from sweeps.workspace import Workspace
 
 
-def open_study(experiment: Experiment, folder: Path, storage: str | None = None) -> optuna.Study:
+def open_study(
+    experiment: Experiment, data: str, folder: Path, storage: str | None = None
+) -> optuna.Study:
     """Creates or resumes the study called like the experiment.
 
-    With the embedded storage the caller holds the experiment's ledger and so is alone here: a
-    lock on the journal is that of a killed process, which Optuna would wait half a minute for.
+    With the embedded storage the caller holds the experiment's ledger; see `storage.connect`.
 
     Args:
         experiment: The experiment; a study of another one is refused.
+        data: Fingerprint of its text; a study on another one is refused, as the losses of its
+            trials do not compare.
         folder: Where the embedded storage, an Optuna journal, lies.
         storage: URL of an Optuna RDB storage to use in its place.
 
     Raises:
-        UserError: A study of this name searches another experiment.
+        UserError: A study of this name searches another experiment or another text, or the
+            storage cannot be used.
     """
-    from optuna.storages import BaseStorage, JournalStorage
-    from optuna.storages.journal import JournalFileBackend
-
-    journal = folder / "study.journal"
-    if storage is None:
-        journal.with_name(f"{journal.name}.lock").unlink(missing_ok=True)
-    backend: BaseStorage | str = storage or JournalStorage(JournalFileBackend(str(journal)))
-    study = optuna.create_study(
-        study_name=experiment.name, storage=backend, direction="minimize", load_if_exists=True
-    )
-    known = study.user_attrs.get("experiment")
-    if known is None:
-        study.set_user_attr("experiment", experiment.canonical)
-    elif known != experiment.canonical:
+    study = connect(experiment.name, folder, storage)
+    known = study.user_attrs
+    cure = "Give the experiment another name, or --out another folder."
+    if known.get("experiment", experiment.canonical) != experiment.canonical:
         raise UserError(
             "a study of this name searches another experiment",
-            where=str(storage or journal).rsplit("@")[-1],
-            got=first_difference(known, experiment.canonical),
-            cure="Give the experiment another name, or --out another folder.",
+            where=place(folder, storage),
+            got=first_difference(known["experiment"], experiment.canonical),
+            cure=cure,
         )
+    if known.get("data", data) != data:
+        raise UserError(
+            "a study of this name searches on another text",
+            where=place(folder, storage),
+            got=f"the fingerprint {known['data']}",
+            expected=data,
+            cure=cure,
+        )
+    for name, value in (("experiment", experiment.canonical), ("data", data)):
+        if name not in known:
+            study.set_user_attr(name, value)
     return study
 
 
@@ -72,6 +78,9 @@ def budget_used(study: optuna.Study) -> int:
 def requeue_interrupted(study: optuna.Study, *, exclusive: bool) -> list[int]:
     """Gives up trials whose process is gone and queues their parameters again.
 
+    The parameters are queued first, so that a process killed in here loses none: the next one
+    finds the trial still running, and sees that it is continued already.
+
     Args:
         study: The study.
         exclusive: Whether this process is known to be the only one at work, as it is with the
@@ -82,11 +91,18 @@ def requeue_interrupted(study: optuna.Study, *, exclusive: bool) -> list[int]:
         The numbers of the trials.
     """
     found = []
-    for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+    trials = study.get_trials(deepcopy=False)
+    continued = {trial.user_attrs.get("continues") for trial in trials}
+    for trial in trials:
+        if trial.state != TrialState.RUNNING:
+            continue
         if exclusive or _owner_is_dead(trial.user_attrs.get("owner", "")):
+            if trial.number not in continued:
+                # cut off again before it had taken up all that was queued for it
+                queued = trial.system_attrs.get("fixed_params", {})
+                study.enqueue_trial(queued | trial.params, user_attrs={"continues": trial.number})
             optuna.Trial(study, trial._trial_id).set_user_attr("interrupted", True)
             study.tell(trial.number, state=TrialState.FAIL)
-            study.enqueue_trial(trial.params, user_attrs={"continues": trial.number})
             found.append(trial.number)
     return found
 

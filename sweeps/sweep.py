@@ -49,7 +49,7 @@ def run_sweep(
     """
     e, folder = workspace.experiment, workspace.folder("sweep")
     with workspace.ledger() as ledger:
-        study = open_study(e, folder, storage)
+        study = open_study(e, workspace.corpus.fingerprint, folder, storage)
         for number in requeue_interrupted(study, exclusive=storage is None):
             progress(f"trial {number} was cut off; its parameters are tried again")
         budget = trials or e.sweep.trials

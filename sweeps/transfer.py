@@ -111,11 +111,17 @@ class Grid:
         return pd.DataFrame(rows)
 
     def _grow(self) -> bool:
-        """Widens the grids whose best cell is on a border; false if there are none."""
+        """Widens the grids whose best cell is on a border; false if there are none.
+
+        Where every learning rate of a width diverges, lower ones are tried.
+        """
         before = sum(map(len, self._cells.values()))
         for (arm, width), indices in self._cells.items():
-            best = min(indices, key=lambda i: self._mean(Cell(arm=arm, width=width, index=i)))
+            means = {i: self._mean(Cell(arm=arm, width=width, index=i)) for i in indices}
             first, last = min(indices), max(indices)
+            best = min(indices, key=means.__getitem__)
+            if math.isinf(means[best]):
+                best = first
             if best == first and first > -self._limit:
                 indices.update(range(max(first - self._step, -self._limit), first))
             elif best == last and last < self._limit:
@@ -149,7 +155,10 @@ def run_transfer_check(
         frame = grid.frame()
     result = transfer_check(frame, proxy_width=e.proxy.d_model, contrast=e.contrast)
     _leave(frame, result, folder)
-    record = result.to_json() | {"seeds": list(range(e.transfer_check.seeds))}
+    record = result.to_json() | {
+        "seeds": list(range(e.transfer_check.seeds)),
+        "base_hyperparameters": params.model_dump(),
+    }
     workspace.save("transfer_check", result.verdict, record)
     return result
 

@@ -6,6 +6,8 @@ from typing import Annotated, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from mutransfer.schema import MAX_INTEGER
+
 Source = Annotated[str, Field(min_length=1)]
 
 
@@ -60,7 +62,7 @@ class DataConfig(BaseModel):
         "the tokenizer's own for a tokenizer.json.",
     )
     seed: int = Field(
-        default=0, ge=0, lt=2**63, description="Seed of the split into train and held-out."
+        default=0, ge=0, le=MAX_INTEGER, description="Seed of the split into train and held-out."
     )
 
     @model_validator(mode="after")

@@ -59,6 +59,7 @@ def test_jumps_of_the_learning_rate_are_named(recipe_fields: dict[str, Any]) -> 
 def test_identity_is_what_decides_the_weights(recipe: Recipe) -> None:
     same = {"log_every": 7, "checkpoint_every": 9, "keep_last": 1, "evaluate_every": 4}
     assert recipe.model_copy(update=same).sha256 == recipe.sha256
+    assert len(recipe.model_copy(update={"seed": 2**53 - 1}).sha256) == 64, "the largest seed"
     for other in ({"seed": 1}, {"clip_norm": None}, {"precision": "bf16"}, {"phases": ()}):
         assert recipe.model_copy(update=other).sha256 != recipe.sha256
 
@@ -72,6 +73,7 @@ def test_identity_is_what_decides_the_weights(recipe: Recipe) -> None:
         ({"phases": []}, "phases"),
         ({"heldout_tokens": 63}, "takes 64"),
         ({"name": "a/b"}, "name"),
+        ({"seed": 2**53}, "seed: Input should be less than or equal to 9007199254740991"),
         ({"data": {"tokenizer": "bpe", "vocab_size": 300}}, "but the model's is 256"),
         ({"conversion": {"batch_rule": "linear"}}, "'sqrt' or 'constant'"),
     ],

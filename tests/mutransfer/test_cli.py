@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import subprocess
 import sys
 import types
@@ -188,6 +189,50 @@ def test_an_absent_library_names_the_cure(
     (line,) = capsys.readouterr().err.splitlines()
     assert "'a_library_that_is_not_there' is not installed" in line
     assert "make setup" in line
+
+
+def test_init_where_no_file_can_be_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["init", "/dev/null/x.toml"]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    (line,) = captured.err.splitlines()
+    assert line.startswith("Error: /dev/null: ")
+    assert "Check that it can be read and written" in line
+
+
+def test_a_folder_that_cannot_be_made_is_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    for extra in ([], ["--debug"]):
+        assert main(["sweep", "quickstart", "--out", str(tmp_path / "file" / "run"), *extra]) == 2
+        *before, line = capsys.readouterr().err.splitlines()
+        assert line.startswith(f"Error: {tmp_path}/file")
+        assert "Not a directory" in line
+        assert [text for text in before if text.startswith("Traceback")][:1] == (
+            ["Traceback (most recent call last):"] if extra else []
+        )
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), "No space left on device. Check"),
+        (PermissionError(errno.EACCES, "Permission denied", "a.csv"), "a.csv: Permission denied. "),
+        (OSError("in a library's words"), "in a library's words. Check"),
+        (TimeoutError(), "TimeoutError. Check"),
+    ],
+)
+def test_what_the_system_refuses_is_one_line_and_exit_2(
+    error: OSError, said: str, command: types.ModuleType, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def run() -> None:
+        raise error
+
+    command.run = run
+    assert main(["try-it"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"Error: {said}")
 
 
 def test_a_bug_is_no_user_error(command: types.ModuleType) -> None:
