@@ -12,6 +12,7 @@ import typer
 from mutransfer.files import read_json
 
 EXPERIMENT, RECIPE = "quickstart", "smoke"
+_OPTIMIZERS = {"adamw": "AdamW", "muon": "Muon"}
 
 
 def quickstart(
@@ -50,13 +51,15 @@ def quickstart(
     print(f"\n━━ done in {sum(times.values()):.0f} s: what it showed")
     for line in summary(out):
         print(f"  {line}")
-    print(f"""
-Look at
-  {out}/coord-check/coord_check.png         flat lines: μP; the row below grows: SP
-  {out}/transfer-check/transfer_check.png   the minimum stays put (left) or moves (right)
-  {run}/loss.png                            the run that used the bundle
-Then: mutransfer bundle show {bundle}
-Your own: mutransfer init my.toml, edit it, and run the same five commands on it.""")
+    print("\nLook at")
+    for picture, what in (
+        ("coord-check/coord_check.png", "flat lines: μP; the row below grows: SP"),
+        ("transfer-check/transfer_check.png", "the minimum stays put (left) or moves (right)"),
+        ("train/loss.png", "the run that used the bundle"),
+    ):
+        print(f"  {out}/{picture:<35}{what}")
+    print(f"Then: mutransfer bundle show {bundle}")
+    print("Your own: mutransfer init my.toml, edit it, and run the same five commands on it.")
     return 0
 
 
@@ -71,7 +74,8 @@ def summary(out: Path) -> list[str]:
     for check in coord["checks"].values():
         widths = f"from width {min(check['widths'])} to {max(check['widths'])}"
         found = next(iter(check["culprits"]), f"everything keeps its right size {widths}")
-        lines.append(_line("coordinate check", check["verdict"], check["parametrization"], found))
+        arm = f"{check['parametrization']} under {_OPTIMIZERS[check['optimizer']]}"
+        lines.append(_line("coordinate check", check["verdict"], arm, found))
     proxy, trials = sweep["experiment"]["proxy"]["d_model"], len(sweep["study"]["trials"])
     values = ", ".join(
         f"{name} {sweep['base_hyperparameters'][name]:.3g}"

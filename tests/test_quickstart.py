@@ -22,7 +22,8 @@ def test_quickstart_shows_what_it_promises(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     checks = json.loads((out / "coord-check" / "coord_check.json").read_text())["checks"]
     assert {name: check["verdict"] for name, check in checks.items()} == {
-        "completep-tied adamw": "PASS", "sp adamw": "FAIL",
+        "completep-tied adamw": "PASS", "completep-tied muon": "PASS",
+        "sp adamw": "FAIL", "sp muon": "FAIL",
     }  # fmt: skip
     own, sp = json.loads((out / "transfer-check" / "transfer_check.json").read_text())["arms"]
     assert own["verdict"] != "FAIL"
