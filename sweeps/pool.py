@@ -164,18 +164,20 @@ def run_missing(
         config: Workers, threads, device.
         corpus_folder: See `run_jobs`.
         ledger: The record, open.
-        jobs: All the jobs; those on record count as done.
+        jobs: All the jobs; those on record count as done, equal runs as one.
         describe: A job in a few words.
         progress: Takes a line per run. Runs count by their parameters: a wide model takes longer.
     """
     jobs = list(jobs)
-    missing = [job for job in jobs if ledger.get(job.spec.key) is None]
-    total, left = sum(map(_cost, jobs)), {id(job): _cost(job) for job in missing}
+    distinct = {job.spec.key: job for job in jobs}
+    missing = [job for key, job in distinct.items() if ledger.get(key) is None]
+    total = sum(map(_cost, distinct.values()))
+    left = {job.spec.key: _cost(job) for job in missing}
 
     def done(job: Job, result: RunResult | None) -> None:
         assert result is not None, "nobody asked the run to stop"
         ledger.add(result)
-        del left[id(job)]
+        del left[job.spec.key]
         loss = "diverged" if result.loss is None else f"loss {result.loss:.4f}"
         line = f"{describe(job)}: {loss} · {len(left)} to go"
         progress(line, 1 - sum(left.values()) / total)

@@ -99,8 +99,9 @@ def requeue_interrupted(study: optuna.Study, *, exclusive: bool) -> list[int]:
         if exclusive or _owner_is_dead(trial.user_attrs.get("owner", "")):
             if trial.number not in continued:
                 # cut off again before it had taken up all that was queued for it
-                queued = trial.system_attrs.get("fixed_params", {})
-                study.enqueue_trial(queued | trial.params, user_attrs={"continues": trial.number})
+                params = trial.system_attrs.get("fixed_params", {}) | trial.params
+                if params:  # cut off before it had drawn any, there is nothing to lose
+                    study.enqueue_trial(params, user_attrs={"continues": trial.number})
             optuna.Trial(study, trial._trial_id).set_user_attr("interrupted", True)
             study.tell(trial.number, state=TrialState.FAIL)
             found.append(trial.number)
@@ -179,9 +180,9 @@ class Search:
 
     def _ask(self) -> optuna.Trial:
         config, space = self._config, self.workspace.experiment.search
-        asked = len(self.study.get_trials(deepcopy=False))
         # a sampler per trial, seeded by its number: a resumed study draws what it would have
-        self.study.sampler = _sampler(config.seed + 1000 * asked, config.startup)
+        number = _next_number(self.study)
+        self.study.sampler = _sampler(config.seed + 1000 * number, config.startup)
         self.study.pruner = optuna.pruners.MedianPruner(n_startup_trials=config.startup)
         trial = self.study.ask()
         trial.set_user_attr("owner", _owner())
@@ -233,6 +234,13 @@ class Search:
         outcome = f"loss {value:.4f}" if value is not None else _WORDS[state]
         line = f"trial {trial.number} {outcome} · {done} of {self.trials}"
         self.progress(f"{line} · best {_best(self.study)}", done / max(done, self.trials))
+
+
+def _next_number(study: optuna.Study) -> int:
+    """The number of the trial that `ask` gives next: the first one queued, or a new one."""
+    trials = study.get_trials(deepcopy=False)
+    queued = (trial.number for trial in trials if trial.state == TrialState.WAITING)
+    return min(queued, default=len(trials))
 
 
 _WORDS = {TrialState.PRUNED: "pruned", TrialState.FAIL: "diverged"}

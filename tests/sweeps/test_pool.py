@@ -15,7 +15,7 @@ import pytest
 from mutransfer.errors import UserError
 from proxies.run import RunResult, RunSpec
 from sweeps.experiment import Experiment
-from sweeps.pool import Job, PoolConfig, cores, run_jobs
+from sweeps.pool import Job, PoolConfig, cores, run_jobs, run_missing
 from sweeps.workspace import Workspace
 
 INLINE = PoolConfig(workers=1, threads=1)
@@ -162,3 +162,19 @@ def test_threads_are_shared_out() -> None:
     assert PoolConfig(workers=3, threads=5).threads_each == 5
     assert PoolConfig(workers=1).threads_each == cores() >= 1
     assert PoolConfig(workers=10 * cores()).threads_each == 1
+
+
+def test_equal_runs_are_done_once(place: Workspace) -> None:
+    one, two = specs(place, 2)
+    lines: list[str] = []
+    with place.ledger() as ledger:
+        run_missing(
+            PoolConfig(workers=1, threads=1), place.corpus.folder, ledger,
+            [Job(one, "a"), Job(two, "b"), Job(one, "c")], lambda job: str(job.tag),
+            lambda line, share=None: lines.append(f"{line} {share}"),
+        )  # fmt: skip
+        assert ledger.get(one.key) is not None
+        assert ledger.get(two.key) is not None
+    assert len(lines) == 2
+    assert [line.split()[-1] for line in lines] == ["0.5", "1.0"]
+    assert len((place.root / "ledger.jsonl").read_text().splitlines()) == 2

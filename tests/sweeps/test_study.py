@@ -15,9 +15,13 @@ from optuna.trial import TrialState
 from mutransfer.cli import main
 from mutransfer.errors import UserError
 from sweeps import storage as storage_module
-from sweeps.experiment import Experiment
+from sweeps import study as study_module
+from sweeps.experiment import Experiment, Range
+from sweeps.pool import PoolConfig
 from sweeps.storage import shown
 from sweeps.study import budget_used, open_study, requeue_interrupted
+from sweeps.sweep import run_sweep
+from sweeps.workspace import Workspace
 
 SECRET = "hunter2"
 
@@ -264,3 +268,40 @@ def test_a_database_that_refuses_is_quoted_without_the_words_of_its_url(
 )
 def test_what_is_shown_of_a_url(url: str, seen: str) -> None:
     assert shown(url) == seen
+
+
+def test_a_trial_cut_off_before_it_drew_anything_is_not_tried_again(
+    experiment: Experiment, tmp_path: Path
+) -> None:
+    study = open_study(experiment, "text", tmp_path)
+    study.ask()
+    assert requeue_interrupted(study, exclusive=True) == [0]
+    assert [trial.state for trial in study.get_trials()] == [TrialState.FAIL]
+    assert budget_used(study) == 0
+
+
+def test_no_two_trials_have_one_sampler_seed_after_a_kill(
+    workspace: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two trials are cut off while one had drawn nothing, the other a part of its parameters."""
+    seeds: list[int] = []
+    sampler = study_module._sampler
+    monkeypatch.setattr(
+        study_module, "_sampler", lambda seed, startup: seeds.append(seed) or sampler(seed, startup)
+    )
+    e = workspace.experiment
+    search = e.search | {"init_std": Range(low=0.01, high=0.1), "beta2": Range(low=0.9, high=0.99)}
+    e = e.model_copy(update={"search": search})
+    workspace = Workspace(e, workspace.root)
+    study = open_study(e, workspace.corpus.fingerprint, workspace.folder("sweep"))
+    study.ask()
+    study.ask().suggest_float("lr", 0.002, 0.05, log=True)
+    assert requeue_interrupted(study, exclusive=True) == [0, 1]
+    run_sweep(workspace, PoolConfig(workers=1, threads=1))
+    trials = [t for t in study.get_trials() if "interrupted" not in t.user_attrs]
+    assert len(trials) == e.sweep.trials
+    assert trials[0].user_attrs["continues"] == 1
+    assert seeds == [e.sweep.seed + 1000 * trial.number for trial in trials]
+    for name in search:
+        values = [trial.params[name] for trial in trials]
+        assert len(set(values)) == len(values), name
