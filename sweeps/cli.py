@@ -132,6 +132,8 @@ def export(exp: Exp, out: Out = None) -> None:
     print(f"bundle {bundle.sha256[:8]} -> {path}")
     print(f"  coordinate check {evidence.coord_check.verdict}, "
           f"transfer check {evidence.transfer_check.verdict}")  # fmt: skip
+    for note in bundle.verify(accept_unverified=True):
+        print(f"  note: {note.replace(', accepted unverified', '')}")
 
 
 def open_workspace(exp: str, out: Path | None) -> Workspace:
