@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from itertools import pairwise
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from mutransfer.errors import UserError
+from mutransfer.verdict import SEVERITY, Verdict, worst
 
 if TYPE_CHECKING:
     from mutransfer.transfer_measure import Estimate
 
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Loss = Annotated[float, Field(ge=-1e6, le=1e6)]
-Verdict = Literal["PASS", "WARN", "FAIL"]
 State = Literal["COMPLETE", "PRUNED", "FAIL", "INTERRUPTED", "RUNNING", "WAITING"]
-SEVERITY: tuple[Verdict, ...] = ("PASS", "WARN", "FAIL")
 
 _STATISTICS = 1e-9  # sums in another order differ by less
 
@@ -215,7 +214,7 @@ def _check_coord_numbers(check: CoordCheck) -> None:
     where = "evidence.coord_check"
     for index, line in enumerate(check.slopes):
         _check_interval(f"{where}.slopes.{index}.slope", line.low, line.slope, line.high)
-    slopes = _worst(line.verdict for line in check.slopes)
+    slopes = worst(line.verdict for line in check.slopes)
     _check_verdict(where, check.verdict, "FAIL" if check.symbolic_findings else slopes)
 
 
@@ -269,10 +268,6 @@ def _check_verdict(where: str, verdict: Verdict, allowed: Verdict) -> None:
     if SEVERITY.index(verdict) < SEVERITY.index(allowed):
         raise UserError("better than its own numbers allow", where=f"{where}.verdict", got=verdict,
                         expected=allowed)  # fmt: skip
-
-
-def _worst(verdicts: Iterable[Verdict]) -> Verdict:
-    return max(verdicts, key=SEVERITY.index, default="PASS")
 
 
 def _agree(got: float | None, expected: float | None) -> bool:

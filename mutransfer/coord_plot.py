@@ -14,8 +14,8 @@ import numpy as np
 import pandas as pd
 
 from mutransfer.coord_result import CoordCheckResult
-from mutransfer.coord_text import SEVERITY
 from mutransfer.coord_verdict import Quantity
+from mutransfer.verdict import SEVERITY
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

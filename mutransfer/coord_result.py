@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import pandas as pd
 
 from mutransfer.coord_expect import Axis
-from mutransfer.coord_text import SEVERITY, culprits, table
-from mutransfer.coord_verdict import Quantity, Unjudged, Verdict
+from mutransfer.coord_text import culprits, table
+from mutransfer.coord_verdict import Quantity, Unjudged
 from mutransfer.symbolic import Finding
+from mutransfer.verdict import Verdict, plain, worst
 
 SCHEMA_VERSION = 1
 
@@ -45,7 +45,7 @@ class CoordCheckResult:
     @property
     def measured_verdict(self) -> Verdict:
         """The worst verdict of the quantities alone."""
-        return max((q.verdict for q in self.quantities), key=SEVERITY.index)
+        return worst(q.verdict for q in self.quantities)
 
     @property
     def verdict(self) -> Verdict:
@@ -73,8 +73,8 @@ class CoordCheckResult:
             "exceptions": [asdict(exception) for exception in self.exceptions],
             "symbolic": [asdict(finding) for finding in self.symbolic],
         }
-        plain: dict[str, Any] = _plain(record)
-        return plain
+        found: dict[str, Any] = plain(record)
+        return found
 
     def summary(self) -> str:
         """A short table and the culprits, for a terminal."""
@@ -87,12 +87,3 @@ class CoordCheckResult:
         groups = f"  optimizer groups, multipliers and init as in the table: {symbolic}"
         told = [f"  - {line}" for line in self.culprits]
         return "\n".join((*head, *table(self.quantities), groups, *told))
-
-
-def _plain(value: Any) -> Any:
-    """`value` with tuples as lists and numbers that JSON lacks as `None`."""
-    if isinstance(value, dict):
-        return {name: _plain(entry) for name, entry in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(entry) for entry in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

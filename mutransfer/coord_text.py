@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
+from mutransfer.verdict import SEVERITY
+
 if TYPE_CHECKING:
-    from mutransfer.coord_verdict import Quantity, Verdict
+    from mutransfer.coord_verdict import Quantity
     from mutransfer.symbolic import Finding
 
 SUBJECTS = {
@@ -34,8 +36,6 @@ SATURATED = (
     "of the logits at init"
 )
 """A cause that is a consequence itself: told last."""
-
-SEVERITY: tuple[Verdict, ...] = ("PASS", "WARN", "FAIL")
 
 
 def join_names(names: Sequence[str]) -> str:

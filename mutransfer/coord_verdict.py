@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
 
 import numpy as np
 import pandas as pd
@@ -26,8 +25,8 @@ from mutransfer.coord_expect import (
 )
 from mutransfer.coord_text import SATURATED, sentence
 from mutransfer.errors import UserError
+from mutransfer.verdict import Verdict
 
-Verdict = Literal["PASS", "WARN", "FAIL"]
 INITIAL = frozenset(
     {"activation", "residual", "branch", "attention_logits", "logits", "loss", "weight"}
 )

@@ -15,7 +15,8 @@ from mutransfer.errors import UserError
 from mutransfer.transfer_fit import Curve
 from mutransfer.transfer_frame import curves_of, gaps, read_runs
 from mutransfer.transfer_measure import Arm, Estimate, drift, optima, regret, trend
-from mutransfer.transfer_result import ArmResult, Optimum, TransferResult, Verdict, power
+from mutransfer.transfer_result import ArmResult, Optimum, TransferResult, power
+from mutransfer.verdict import Verdict
 
 DRIFT_PASS, DRIFT_PASS_BOUND, DRIFT_FAIL = 0.5, 1.0, 1.0  # octaves
 REGRET_PASS_BOUND, REGRET_FAIL = 0.02, 0.05  # nats

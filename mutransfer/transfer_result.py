@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any
 
-Verdict = Literal["PASS", "WARN", "FAIL"]
-SEVERITY: tuple[Verdict, ...] = ("PASS", "WARN", "FAIL")
+from mutransfer.verdict import Verdict, plain, worst
+
 SCHEMA_VERSION = 1
 
 
@@ -107,7 +107,7 @@ class TransferResult:
     @property
     def verdict(self) -> Verdict:
         """The worst verdict of the arms that are no contrasts."""
-        return max((arm.verdict for arm in self.arms if not arm.contrast), key=SEVERITY.index)
+        return worst(arm.verdict for arm in self.arms if not arm.contrast)
 
     def to_json(self) -> dict[str, Any]:
         """Plain data for a JSON file; what is unknown, unbounded or diverged is null.
@@ -115,7 +115,7 @@ class TransferResult:
         Drifts are in octaves, regrets and losses in nats, learning rates in log2.
         """
         head = {"verdict": self.verdict, "schema_version": SCHEMA_VERSION}
-        return head | {name: _plain(value) for name, value in asdict(self).items()}
+        return head | {name: plain(value) for name, value in asdict(self).items()}
 
     def summary(self) -> str:
         """A table for the terminal: one block per arm, one line per width."""
@@ -183,12 +183,3 @@ def _optimum_line(optimum: Optimum) -> str:
     loss = "diverged" if math.isinf(optimum.best_loss) else f"{optimum.best_loss:.4f}{error}"
     place = power(optimum.log2_lr) if optimum.interior else "none"
     return f"{optimum.width:>7}  {place:>9}  {interval:^19}  {loss:>16}  {optimum.note}"
-
-
-def _plain(value: Any) -> Any:
-    """`value` with tuples as lists and numbers that JSON lacks as `None`."""
-    if isinstance(value, dict):
-        return {name: _plain(entry) for name, entry in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(entry) for entry in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -13,6 +13,7 @@ import typer
 from mutransfer.errors import UserError
 from mutransfer.files import write_text
 from mutransfer.progress import Display
+from mutransfer.verdict import worst
 from sweeps.experiment import load_experiment
 from sweeps.pool import PoolConfig, cores
 from sweeps.workspace import Workspace
@@ -50,7 +51,7 @@ def coord_check(exp: Exp, out: Out = None) -> int:
     for name, result in results.items():
         kind = "" if result in own else " (contrast)"
         print(f"\n{name}{kind}\n{result.summary()}")
-    verdict = max((r.verdict for r in own), key=("PASS", "WARN", "FAIL").index)
+    verdict = worst(r.verdict for r in own)
     print(f"\ncoordinate check: {verdict}   -> {workspace.folder('coord-check')}/coord_check.png")
     return int(verdict == "FAIL")
 

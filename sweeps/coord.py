@@ -11,6 +11,7 @@ from mutransfer.files import atomic_path
 from mutransfer.optimizers import Matrix, Optimizers
 from mutransfer.progress import Report, part, quiet
 from mutransfer.rules import BaseParams
+from mutransfer.verdict import worst
 from proxies.data import Batches
 from proxies.decoder import Decoder
 from proxies.tables import decoder_table
@@ -50,7 +51,7 @@ def run_coord_check(
             progress=part(progress, place / len(arms), (place + 1) / len(arms)),
         )
     own = [results[f"{e.parametrization} {optimizer}"] for optimizer in c.optimizers]
-    verdict = max((r.verdict for r in own), key=("PASS", "WARN", "FAIL").index)
+    verdict = worst(r.verdict for r in own)
     frames = [result.frame.assign(arm=name) for name, result in results.items()]
     with atomic_path(folder / "coord_check.csv") as path:
         pd.concat(frames).to_csv(path, index=False)
