@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mutransfer.coord_measure import Values, typical
+from mutransfer.coord_measure import Values, hooked, typical
 from mutransfer.roles import MATRIX_ROLES
 from mutransfer.table import Table
 
@@ -94,14 +94,7 @@ class Alignment:
 
             return hook
 
-        handles = [
-            module.register_forward_hook(hook_of(first, pattern))
-            for module, first, pattern in self._layers
-        ]
         values: Values = {}
-        try:
+        with hooked((layer, hook_of(first, pattern)) for layer, first, pattern in self._layers):
             yield values
-        finally:
-            for handle in handles:
-                handle.remove()
         values.update(typical(found))

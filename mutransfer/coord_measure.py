@@ -7,7 +7,7 @@ square: the typical layer, whatever a single one does; zero where any layer's is
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -20,6 +20,17 @@ from mutransfer.table import Table
 
 Values = dict[tuple[str, str], float]
 """(kind, name) -> value, of one model at one step."""
+
+
+@contextmanager
+def hooked(hooks: Iterable[tuple[nn.Module, Callable[..., None]]]) -> Iterator[None]:
+    """Carries forward hooks for as long as the body runs."""
+    handles = [module.register_forward_hook(hook) for module, hook in hooks]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 class Recorder:
@@ -83,17 +94,10 @@ class Recorder:
         The first `watch` keeps the outputs that later ones are compared with.
         """
         self._calls, self._found = {}, {}
-        handles = [
-            module.register_forward_hook(hook)
-            for name, module in self._model.named_modules()
-            if (hook := self._hook(name, module)) is not None
-        ]
+        named = ((self._hook(name, module), module) for name, module in self._model.named_modules())
         values: Values = {}
-        try:
+        with hooked((module, hook) for hook, module in named if hook is not None):
             yield values
-        finally:
-            for handle in handles:
-                handle.remove()
         values.update(typical(self._found))
 
     def _hook(self, name: str, module: nn.Module) -> Callable[..., None] | None:
