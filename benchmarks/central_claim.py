@@ -32,10 +32,10 @@ from pathlib import Path
 import optuna
 import torch
 
-from mutransfer.coord_verdict import student_t
 from mutransfer.files import write_json
 from mutransfer.progress import Display
 from mutransfer.rules import BaseParams
+from mutransfer.student import student_t
 from sweeps.experiment import Experiment, load_experiment
 from sweeps.pool import Job, PoolConfig, run_missing
 from sweeps.sweep import run_sweep

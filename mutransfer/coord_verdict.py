@@ -23,8 +23,11 @@ from mutransfer.coord_expect import (
     Thresholds,
     expectation,
 )
+from mutransfer.coord_late import LEARNED, UNTOLD, late_expectation
+from mutransfer.coord_overflow import OVERFLOWS, PARTS, excess_over_smallest
 from mutransfer.coord_text import SATURATED, sentence
 from mutransfer.errors import UserError
+from mutransfer.student import student_t
 from mutransfer.verdict import Verdict
 
 INITIAL = frozenset(
@@ -32,7 +35,7 @@ INITIAL = frozenset(
 )
 """Kinds that are judged at t = 0."""
 
-SHOWN = frozenset({"update_ratio", "alignment"})
+SHOWN = frozenset({"update_ratio", "alignment", *(f"amax_{part}" for part in PARTS)})
 """Kinds that are measured and shown and have no right slope of their own."""
 
 REASONS = {
@@ -86,6 +89,7 @@ class Quantity:
         cause: What a deviation means; empty for a PASS.
         sentence: The verdict in plain words.
         axis: What the slope is an exponent of.
+        trained: Steps that the models were trained for before t = 0.
     """
 
     kind: str
@@ -106,6 +110,7 @@ class Quantity:
     cause: str
     sentence: str
     axis: Axis = "width"
+    trained: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,27 +120,6 @@ class Unjudged:
     kind: str
     name: str
     reason: str
-
-
-def student_t(degrees: int) -> float:
-    """97.5% quantile of Student's t: closed for 1 and 2, else Cornish-Fisher (0.1% at 3).
-
-    Abramowitz and Stegun 26.7.5.
-    """
-    if degrees < 1:
-        return math.inf
-    if degrees == 1:
-        return math.tan(0.475 * math.pi)
-    if degrees == 2:
-        return 0.95 * math.sqrt(2 / (4 * 0.975 * 0.025))
-    z, n = 1.959963984540054, degrees
-    return (
-        z
-        + (z**3 + z) / (4 * n)
-        + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * n**2)
-        + (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / (384 * n**3)
-        + (79 * z**9 + 776 * z**7 + 1482 * z**5 - 1920 * z**3 - 945 * z) / (92160 * n**4)
-    )
 
 
 def fit_slope(widths: Sequence[float], values: Sequence[float]) -> Fit:
@@ -207,18 +191,27 @@ def judge(
                 continue
         if right is None:
             if kind not in SHOWN:
-                reason = UNJUDGED.get((kind, name)) or REASONS[kind]
+                learned = ladder.trained and kind in UNTOLD
+                reason = LEARNED if learned else UNJUDGED.get((kind, name)) or REASONS[kind]
                 unjudged.append(Unjudged(kind=kind, name=name, reason=reason))
         elif kind in INITIAL and bool((points[0] == 0).all()):
             unjudged.append(Unjudged(kind=kind, name=name, reason="zero at init, by choice"))
         else:
-            quantities.append(_quantity(kind, name, points, right, ladder.axis))
+            quantities.append(_quantity(kind, name, points, right, ladder))
     return _explained(quantities), tuple(unjudged)
 
 
 def _right(kind: str, name: str, ladder: Ladder, limits: Thresholds) -> Expectation | None:
+    right = _right_of_fresh(kind, name, ladder, limits)
+    return late_expectation(kind, name, ladder, limits, right) if ladder.trained else right
+
+
+def _right_of_fresh(kind: str, name: str, ladder: Ladder, limits: Thresholds) -> Expectation | None:
     if kind == "eps_share":
         return Expectation(slope=0.0, above=limits.update, below=None, cause_above=DAMPED)
+    if kind.startswith("overflow"):
+        cause = OVERFLOWS.format(ladder.axis)
+        return Expectation(slope=0.0, above=limits.overflow, below=None, cause_above=cause)
     over = depth_expectation if ladder.axis == "depth" else expectation
     return over(kind, name, ladder, limits)
 
@@ -251,46 +244,64 @@ def _off(quantity: Quantity) -> float:
 
 
 def damping(points: pd.DataFrame) -> Fit:
-    """The share of a step that eps takes away, at the width where it is largest.
-
-    |d log step / d log eps| = eps/(sqrt(v) + eps). The interval is from the smallest to the
-    largest over seeds; `slope_wide` is the largest without the smallest width.
+    """The share of a step that eps takes away: |d log step / d log eps| = eps/(sqrt(v) + eps).
 
     Args:
         points: eps/sqrt(v), a row per width and seed.
     """
-    shares = (points / (1 + points)).mean(axis=1).groupby(level="width")
-    mean = shares.mean().to_numpy()
+    return largest((points / (1 + points)).mean(axis=1))
+
+
+def largest(shares: pd.Series) -> Fit:
+    """A share by width and seed, at the width where its mean is largest.
+
+    The interval is from the smallest to the largest over seeds; `slope_wide` is the largest
+    without the smallest width.
+    """
+    by_width = shares.groupby(level="width")
+    mean = by_width.mean().to_numpy()
     worst = int(mean.argmax())
     return Fit(
         slope=float(mean[worst]),
-        low=float(shares.min().iloc[worst]),
-        high=float(shares.max().iloc[worst]),
+        low=float(by_width.min().iloc[worst]),
+        high=float(by_width.max().iloc[worst]),
         slope_wide=float(mean[1:].max()),
     )
 
 
+def _fit(kind: str, points: pd.DataFrame) -> Fit:
+    """What is held against the right value: a share, or else a slope."""
+    if kind.startswith("overflow"):
+        return largest(excess_over_smallest(points))
+    if kind == "eps_share":
+        return damping(points)
+    widths = [float(width) for width, _ in points.index]
+    return fit_slope(widths, np.exp2(np.log2(points).mean(axis=1)).tolist())
+
+
 def _quantity(
-    kind: str, name: str, points: pd.DataFrame, right: Expectation, axis: Axis
+    kind: str, name: str, points: pd.DataFrame, right: Expectation, ladder: Ladder
 ) -> Quantity:
     """The verdict on the values of one quantity: one row per width and seed, a column per t."""
-    times = _times(kind, points)
+    axis, times = ladder.axis, _times(kind, points)
     chosen = points[list(times)]
     fit, cause = None, ""
     verdict: Verdict = "FAIL"
     odd = chosen[~(np.isfinite(chosen) & (chosen > 0)).all(axis=1)]
-    if len(odd):
+    overflow = kind.startswith("overflow")  # where it is zero, all is well
+    if len(odd) and not overflow:
         finite = bool(np.isfinite(odd).all(axis=None))
         where = ", ".join(str(width) for width in sorted(set(odd.index.get_level_values("width"))))
         cause = f"{(STILL if times[0] else DEAD) if finite else DIVERGED} ({axis} {where})"
     else:
-        widths = [float(width) for width, _ in points.index]
-        values = np.exp2(np.log2(chosen).mean(axis=1)).tolist()
-        fit = damping(chosen) if kind == "eps_share" else fit_slope(widths, values)
+        fit = _fit(kind, chosen)
         verdict, unsure = decide(fit, right)
         if verdict != "PASS":
             upwards = fit.slope > right.slope
             cause = UNSURE if unsure else right.cause_above if upwards else right.cause_below
+            if overflow:
+                mean = excess_over_smallest(chosen).groupby(level="width").mean()
+                cause += f" ({axis} {mean.idxmax()})"
     found = Quantity(
         kind=kind,
         name=name,
@@ -310,18 +321,21 @@ def _quantity(
         cause=cause,
         sentence="",
         axis=axis,
+        trained=ladder.trained,
     )
     return replace(found, sentence=sentence([found]))
 
 
 def _times(kind: str, points: pd.DataFrame) -> tuple[int, ...]:
-    """The steps to judge at: 0; the first that moves a weight at all; or the last ones.
+    """The steps to judge at: 0; all; the first that moves a weight at all; or the last ones.
 
     Zero-initialized projections keep the gradients before them at zero for a step or two.
     """
     times = [int(t) for t in points.columns]
     if kind in INITIAL:
         return (0,)
+    if kind.startswith("overflow"):
+        return tuple(times)
     alive = [t for t in times if t and bool((points[t] != 0).all())] or times[-1:]
     if kind == "update":
         return (alive[0],)

@@ -23,7 +23,6 @@ from mutransfer.coord_verdict import (
     decide,
     fit_slope,
     judge,
-    student_t,
 )
 from mutransfer.errors import UserError
 from mutransfer.roles import Role
@@ -64,21 +63,6 @@ def only(frame: pd.DataFrame) -> Quantity:
 
 def activation(value: Value, *, seeds: int = 3) -> Quantity:
     return only(make_frame("activation", "layers.*.up", value, seeds=seeds))
-
-
-@pytest.mark.parametrize(
-    ("degrees", "quantile"),
-    [(1, 12.7062), (2, 4.30265), (3, 3.18245), (4, 2.77645), (5, 2.57058), (6, 2.44691),
-     (8, 2.30600), (10, 2.22814), (15, 2.13145), (20, 2.08596), (30, 2.04227), (120, 1.97993)],
-)  # fmt: skip
-def test_quantiles_of_student_s_t(degrees: int, quantile: float) -> None:
-    rel = {3: 1.5e-3, 4: 4e-4, 5: 2e-4}.get(degrees, 1e-4)
-    assert student_t(degrees) == pytest.approx(quantile, rel=rel)
-
-
-def test_no_degree_of_freedom_knows_nothing_and_many_are_normal() -> None:
-    assert student_t(0) == math.inf
-    assert student_t(10**9) == pytest.approx(1.959964, rel=1e-6)
 
 
 @pytest.mark.parametrize("slope", [-1.0, -0.5, 0.0, 0.37, 1.0])
