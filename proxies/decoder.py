@@ -201,7 +201,7 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleList(Block(config, layers) for _ in range(config.n_layers))
         self.norm = layers.norm(config.d_model, config.norm_eps)
         if not config.tied:
-            self.head = layers.linear(config.d_model, config.vocab_size)
+            self.head = layers.head(config.d_model, config.vocab_size)
         for name in Multipliers.model_fields:
             self.register_buffer(f"{name}_multiplier", torch.ones(()), persistent=False)
 

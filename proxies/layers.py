@@ -21,6 +21,10 @@ class LayerSet(Protocol):
         """A bias-free map (..., fan_in) -> (..., fan_out) with a parameter `weight`."""
         ...
 
+    def head(self, d_model: int, vocab_size: int) -> nn.Module:
+        """The same for an untied head, which FP8 leaves in its own precision."""
+        ...
+
     def embedding(self, vocab_size: int, d_model: int) -> nn.Module:
         """A table (vocab_size, d_model), as the parameter `weight`."""
         ...
@@ -53,7 +57,8 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalizes the last dimension."""
-        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        y = F.rms_norm(x.to(self.weight.dtype), self.weight.shape, self.weight, self.eps)
+        return y.to(x.dtype)
 
 
 class Plain:
@@ -62,6 +67,10 @@ class Plain:
     def linear(self, fan_in: int, fan_out: int) -> nn.Module:
         """See `LayerSet.linear`."""
         return Linear(fan_in, fan_out)
+
+    def head(self, d_model: int, vocab_size: int) -> nn.Module:
+        """See `LayerSet.head`."""
+        return Linear(d_model, vocab_size)
 
     def embedding(self, vocab_size: int, d_model: int) -> nn.Module:
         """See `LayerSet.embedding`."""

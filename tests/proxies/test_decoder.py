@@ -270,6 +270,23 @@ def test_the_meta_decoder_has_no_memory() -> None:
     assert list(model.state_dict()) == list(Decoder(TINY).state_dict())
 
 
+@pytest.mark.parametrize("config", [TINY, UNTIED])
+def test_a_meta_decoder_with_memory_is_the_same_once_initialized(config: DecoderConfig) -> None:
+    """Weights, gains and multipliers all come from the table, whatever the memory held."""
+    params = BaseParams(embedding_multiplier=3.0, output_multiplier=2.0, residual_multiplier=1.5)
+    table = decoder_table(config, config.narrow(16), params)
+    plain, empty = Decoder(config), meta_decoder(config).to_empty(device="cpu")
+    for tensor in (*empty.parameters(), *empty.buffers()):
+        tensor.data.fill_(math.nan)
+    for model in (plain, empty):
+        initialize(model, table, seed=3)
+    assert torch.equal(plain(tokens(2, 9)), empty(tokens(2, 9)))
+    for named in ("named_parameters", "named_buffers"):
+        ours, theirs = dict(getattr(empty, named)()), dict(getattr(plain, named)())
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
 def test_narrow_keeps_every_ratio() -> None:
     narrow = TINY.narrow(16, n_layers=5)
     assert narrow.model_dump() == TINY.model_dump() | {
