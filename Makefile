@@ -46,7 +46,7 @@ setup:
 	$(call set-up,)
 
 dev:
-	$(call set-up,dev notebooks)
+	$(call set-up,dev notebooks hf)
 
 format: dev
 	$(BIN)/ruff format .

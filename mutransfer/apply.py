@@ -11,6 +11,7 @@ from torch import nn
 
 from mutransfer import rules
 from mutransfer.errors import UserError
+from mutransfer.modules import set_carried
 from mutransfer.roles import MATRIX_ROLES, Role, RoleFunction, decoder_role, pattern_of
 from mutransfer.rules import BaseParams, Parametrization, Ratios
 from mutransfer.table import Multipliers, Row, Table, make_multipliers, make_row
@@ -167,7 +168,8 @@ def initialize(model: nn.Module, table: Table, *, seed: int) -> None:
 
     Each parameter has a generator of its own, seeded by (seed, name): the values do not
     depend on the order of the parameters, on the device or on what else is drawn. Gains
-    become one, biases zero. A model with multipliers must have `set_multipliers(Multipliers)`.
+    become one, biases zero. A model with multipliers must have `set_multipliers(Multipliers)`,
+    or carry them (`mutransfer.modules.carry_multipliers`).
 
     Raises:
         UserError: Model and table do not match, or multipliers other than one would be lost.
@@ -176,12 +178,13 @@ def initialize(model: nn.Module, table: Table, *, seed: int) -> None:
     set_multipliers = getattr(model, "set_multipliers", None)
     if set_multipliers is not None:
         set_multipliers(table.multipliers)
-    elif table.multipliers != Multipliers():
+    elif not set_carried(model, table.multipliers) and table.multipliers != Multipliers():
         raise UserError(
             "the model takes no multipliers, so they would be lost",
             where=type(model).__name__,
             got=table.multipliers,
-            cure="Give the model a method set_multipliers(Multipliers) and use them in forward.",
+            cure="Give the model a method set_multipliers(Multipliers) and use them in forward, "
+            "or call mutransfer.modules.carry_multipliers(model, table) first.",
         )
     for fqn, parameter in model.named_parameters():
         row = rows[fqn]

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from mutransfer.modules import scaled_modules
 from mutransfer.roles import pattern_of
 from mutransfer.table import AdamWEntry, MuonEntry, Row, Table
 
@@ -54,14 +55,16 @@ def optimizer_kind(groups: Iterable[Mapping[str, Any]]) -> str:
 
 
 def check_groups(
-    groups: Iterable[Mapping[str, Any]], table: Table, model: nn.Module
+    groups: Iterable[Mapping[str, Any]], table: Table, model: nn.Module, *, trained: bool = False
 ) -> list[Finding]:
-    """Every difference between a freshly built model with its optimizer and the table.
+    """Every difference between a model with its optimizer, as built, and the table.
 
     Args:
         groups: All parameter groups, as torch's optimizers hold them.
         table: The model's table.
-        model: The model, initialized and not yet trained.
+        model: The model, before the check trains it.
+        trained: Whether it was trained before, so that initial values are gone and learning
+            rates stand where a schedule has them: peaks are compared in their place.
 
     Returns:
         One finding per pattern and field; none where all is as the table says.
@@ -70,11 +73,13 @@ def check_groups(
         UserError: Model and table do not have the same parameters.
     """
     groups, rows = list(groups), table.resolve(model)
+    if trained:
+        groups = [{**group, "lr": group.get("peak_lr", group["lr"])} for group in groups]
     found = [
         *_membership(groups, rows, model),
         *_settings(groups, rows, model),
         *_multipliers(table, model),
-        *_initial(rows, model),
+        *([] if trained else _initial(rows, model)),
     ]
     return list({(finding.name, finding.field): finding for finding in reversed(found)}.values())[
         ::-1
@@ -218,12 +223,18 @@ def muon_factor(group: Mapping[str, Any], shape: tuple[int, ...]) -> float:
 
 
 def _multipliers(table: Table, model: nn.Module) -> list[Finding]:
-    buffers = dict(model.named_buffers())
+    """Buffers `<name>_multiplier`, the model's own or those that `carry_multipliers` gave it."""
     found = []
     for name, expected in table.multipliers:
-        buffer = buffers.get(f"{name}_multiplier")
-        if buffer is not None and not _close(float(buffer), expected):
-            got = float(buffer)
+        values = [
+            float(buffer)
+            for fqn, buffer in model.named_buffers()
+            if fqn.rpartition(".")[2] == f"{name}_multiplier"
+        ]
+        if name == "attention" and hasattr(model, "carried"):
+            values += [float(module.scaling) for module in scaled_modules(model)]  # type: ignore[arg-type]
+        got = next((value for value in values if not _close(value, expected)), None)
+        if got is not None:
             sentence = f"the {name} multiplier is {got:.4g}; the table says {expected:.4g}"
             found.append(_finding(f"{name}_multiplier", "multiplier", got, expected, sentence))
     return found

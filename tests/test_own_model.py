@@ -93,6 +93,7 @@ def test_a_right_model_of_one_s_own_has_no_fault(
     }  # fmt: skip
     assert ("logits", "logits") in kinds
     assert not {kind for kind, _ in kinds} & {"residual", "attention_logits"}
+    assert "no module that shows its queries and keys" in result.summary()
     json.dumps(result.to_json(), allow_nan=False)
     coord_check_figure(result)
 
