@@ -7,6 +7,7 @@ them for the target, the evidence that they transfer, and a hash over all of it.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import logging
 from collections.abc import Callable, Mapping
@@ -26,7 +27,7 @@ from mutransfer.rules import BaseParams
 from mutransfer.schema import parse
 from mutransfer.table import Table
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 Scalar = bool | int | float | str | None
 Config = dict[str, Scalar]
@@ -84,7 +85,7 @@ class Data(Record):
 class Bundle(Record):
     """Hyperparameters of one target model, with their evidence."""
 
-    schema_version: Literal[1]
+    schema_version: Literal[2]
     experiment: ExperimentId
     base: Base
     target: Target
@@ -126,9 +127,11 @@ class Bundle(Record):
                             expected="a JSON object")  # fmt: skip
         version = document.get("schema_version")
         if type(version) is not int or version != SCHEMA_VERSION:
+            older = type(version) is int and version in MIGRATIONS
+            cure = (f"Convert it: mutransfer bundle migrate {where} NEW." if older
+                    else "Read it with the mutransfer that wrote it.")  # fmt: skip
             raise UserError("unknown schema version", where=f"{where}: schema_version",
-                            got=repr(version), expected=SCHEMA_VERSION,
-                            cure="Read it with the mutransfer that wrote it.")  # fmt: skip
+                            got=repr(version), expected=SCHEMA_VERSION, cure=cure)  # fmt: skip
         bundle = parse(cls, document, where)
         # nothing was filled in or converted on the way
         for field, got, expected in bundle_verify.differences(
@@ -186,6 +189,49 @@ class Bundle(Record):
             logging.getLogger(__name__).warning(note)
         initialize(model, self.table, seed=seed)
         return self.table
+
+
+def migrate(document: dict[str, Any], where: str) -> Bundle:
+    """A bundle of an older schema version as one of this version, with a new hash.
+
+    Args:
+        document: The older bundle's JSON.
+        where: Its name in errors.
+
+    Raises:
+        UserError: It is no bundle of a known older version, or its hash does not fit.
+    """
+    version = document.get("schema_version")
+    if type(version) is not int or version not in MIGRATIONS:
+        raise UserError("not a bundle of an older schema version",
+                        where=f"{where}: schema_version", got=repr(version),
+                        expected=f"one of {', '.join(map(str, MIGRATIONS))}")  # fmt: skip
+    if (found := digest(document)) != document.get("sha256"):
+        raise UserError("the content does not have the hash that it claims",
+                        where=f"{where}: sha256", got=repr(document.get("sha256")),
+                        expected=found)  # fmt: skip
+    try:
+        newer = MIGRATIONS[version](copy.deepcopy(document))
+        newer["sha256"] = digest(newer)
+    except (AttributeError, KeyError, TypeError) as error:
+        raise UserError(
+            "not a bundle of its schema version", where=where, got=str(error)
+        ) from error
+    return parse(Bundle, newer, where)
+
+
+def _from_1(document: dict[str, Any]) -> dict[str, Any]:
+    """Version 2 has the widths of the coordinate check and what it takes to replay it."""
+    check = (document["evidence"] or {}).get("coord_check")
+    if check is not None:
+        check |= {"widths": [], "replay": None}
+        for line in check["slopes"]:
+            line["replay"] = None
+    return document | {"schema_version": 2}
+
+
+MIGRATIONS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {1: _from_1}
+"""What converts a bundle of each older schema version."""
 
 
 def digest(document: Mapping[str, Any]) -> str:

@@ -15,10 +15,11 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console, RenderableType
 from rich.table import Table as Grid
 
-from mutransfer.bundle import Bundle
+from mutransfer.bundle import Bundle, migrate
 from mutransfer.bundle_evidence import CoordCheck, TransferCheck, mean_and_error
 from mutransfer.bundle_verify import differences
 from mutransfer.errors import UserError
+from mutransfer.files import read_json
 from mutransfer.rules import BaseParams
 
 app = typer.Typer(
@@ -74,6 +75,24 @@ def diff(left: File, right: File) -> None:
 def schema() -> None:
     """Print the JSON Schema of a bundle."""
     typer.echo(json.dumps(Bundle.model_json_schema(), indent=2))
+
+
+@app.command("migrate")
+def migrate_(
+    file: Annotated[Path, typer.Argument(help="A bundle of an older schema version.")],
+    new: Annotated[Path, typer.Argument(help="Where to write it in this version.")],
+) -> None:
+    """Convert a bundle of an older schema version; it gets a new hash."""
+    if new.exists():
+        raise UserError("file exists", where=str(new), cure="Name another one.")
+    document = read_json(file)
+    if not isinstance(document, dict):
+        raise UserError("not a bundle", where=str(file), got=type(document).__name__,
+                        expected="a JSON object")  # fmt: skip
+    bundle = migrate(document, str(file))
+    _verify(bundle, file, accept_unverified=True)
+    bundle.save(new)
+    _print(f"{new}: version {bundle.schema_version}, {bundle.sha256[:12]}")
 
 
 def _verify(bundle: Bundle, file: Path, *, accept_unverified: bool) -> tuple[str, ...]:

@@ -87,6 +87,17 @@ class Slope(Record):
     high: float | None
     expected: float | None
     verdict: Verdict
+    replay: float | None = Field(description="the value at t at the replay's width and seed")
+
+
+class Replay(Record):
+    """What it takes to measure one model of the coordinate check once more."""
+
+    width: int = Field(ge=1)
+    seed: int = Field(ge=0)
+    tokens: tuple[tuple[int, ...], ...] = Field(
+        min_length=1, description="its batch, (batch, seq + 1)"
+    )
 
 
 class CoordCheck(Record):
@@ -96,6 +107,8 @@ class CoordCheck(Record):
     lr: float = Field(gt=0, description="base learning rate that it ran at")
     symbolic_findings: int = Field(ge=0, description="differences from the table; any is a FAIL")
     result_sha256: Sha256
+    widths: tuple[int, ...] = Field(description="of the models that it checked, if known")
+    replay: Replay | None = Field(description="what `mutransfer preflight` measures again")
     slopes: tuple[Slope, ...] = Field(min_length=1)
 
 

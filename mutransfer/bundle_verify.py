@@ -14,9 +14,11 @@ What stays free, because only other files know better, when the hash is recomput
 - single lines of the two checks, as long as each number lies inside its interval and no
   verdict is better than the numbers and the other verdicts allow:
   `evidence.coord_check.slopes` with their verdicts, its `lr` (below the bundle's, it is
-  noted), and in `evidence.transfer_check` the
+  noted) and `widths`, and in `evidence.transfer_check` the
   bounds, the regret, the seeds, the widths (each once) and any optimum that the drift does
-  not rest on. The result files hold the originals.
+  not rest on. The result files hold the originals;
+- the coordinate check's `replay`, and so a base width, or a study forged throughout:
+  `mutransfer preflight` measures it again.
 
 A config that has all of the decoder's fields is the decoder's, and its table is made from
 nothing else. For a model of your own, shapes and width ratios inside the blocks are the

@@ -44,7 +44,6 @@ def run_export(workspace: Workspace) -> tuple[Bundle, Path]:
     corpus = workspace.corpus
     table = decoder_table(e.target, e.base, params, e.parametrization, base_width=e.base_width)
     bundle = Bundle.create(
-        schema_version=1,
         experiment={"name": e.name, "sha256": e.sha256},
         base={"config": e.base.model_dump(), "base_width": e.base_width},
         target={"config": e.target.model_dump()},
@@ -57,7 +56,9 @@ def run_export(workspace: Workspace) -> tuple[Bundle, Path]:
         table=table,
         evidence={
             "study": study,
-            "coord_check": _coord_evidence(coord, e.parametrization, e.coord_check.optimizers),
+            "coord_check": _coord_evidence(
+                coord, params, e.parametrization, e.coord_check.optimizers
+            ),
             "transfer_check": _transfer_evidence(transfer, e.parametrization),
         },
         batch_tokens=e.train.batch_tokens,
@@ -90,17 +91,24 @@ def _provenance(search: dict[str, Any], study: Study) -> dict[str, Any]:
 
 
 def _coord_evidence(
-    record: dict[str, Any], parametrization: str, optimizers: tuple[str, ...]
+    record: dict[str, Any], params: BaseParams, parametrization: str, optimizers: tuple[str, ...]
 ) -> dict[str, Any]:
     fields = ("kind", "name", "t", "slope", "low", "high", "expected", "verdict")
     checks = {kind: record["checks"][f"{parametrization} {kind}"] for kind in optimizers}
+    replay = record["replay"]
+    values = {(kind, *key): value for kind, *key, value in replay["values"]}
+    if any(getattr(params, k) != value for k, value in record["base_hyperparameters"].items()):
+        replay, values = None, {}  # of other hyperparameters: it would prove nothing about these
     return {
         "verdict": record["verdict"],
         "lr": record["base_hyperparameters"]["lr"],
         "symbolic_findings": sum(len(check["symbolic"]) for check in checks.values()),
         "result_sha256": _sha256(record),
+        "widths": next(iter(checks.values()))["widths"],
+        "replay": replay and {field: replay[field] for field in ("width", "seed", "tokens")},
         "slopes": [
-            {"optimizer": kind} | {field: quantity[field] for field in fields}
+            {"optimizer": kind, "replay": values.get((kind, *(quantity[f] for f in fields[:3])))}
+            | {field: quantity[field] for field in fields}
             for kind, check in checks.items()
             for quantity in check["quantities"]
         ],

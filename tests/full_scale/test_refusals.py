@@ -339,8 +339,8 @@ def test_nan_in_the_recipe(
 def test_another_schema_version_and_a_missing_file(
     document: Document, command: Callable[..., list[str]], refused: Callable[..., str]
 ) -> None:
-    words = command(put(document, "schema_version", 2))
-    assert f"{words[2]}: schema_version: unknown schema version; got 2; expected 1" in refused(
+    words = command(put(document, "schema_version", 3))
+    assert f"{words[2]}: schema_version: unknown schema version; got 3; expected 2" in refused(
         words
     )
     Path(words[2]).unlink()

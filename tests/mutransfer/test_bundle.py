@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import logging
@@ -14,7 +15,7 @@ import pytest
 import torch
 
 from mutransfer import param_groups
-from mutransfer.bundle import Bundle, digest
+from mutransfer.bundle import Bundle, digest, migrate
 from mutransfer.errors import UserError
 from proxies.decoder import Decoder, DecoderConfig
 
@@ -86,7 +87,7 @@ def test_floats_survive_exactly(make_sound: Callable[..., Bundle], tmp_path: Pat
 def test_create_fills_in_schema_version_and_hash(
     sound: Bundle, make_sound: Callable[..., Bundle]
 ) -> None:
-    assert sound.schema_version == 1
+    assert sound.schema_version == 2
     rest = {k: v for k, v in sound.model_dump().items() if k not in ("schema_version", "sha256")}
     assert Bundle.create(**rest) == sound
     assert make_sound(batch_tokens=513).sha256 != sound.sha256
@@ -349,13 +350,65 @@ def test_a_wrong_type_or_range_is_refused(
     assert path.removesuffix(".source") in str(refuse(json.dumps(document)))
 
 
-@pytest.mark.parametrize("version", [0, 2, 1.0, "1", True, None, [1]])
+@pytest.mark.parametrize("version", [0, 3, 2.0, "2", True, None, [2]])
 def test_another_schema_version_is_refused(
     document: Document, refuse: Refuse, version: object
 ) -> None:
     document["schema_version"] = version
     error = refuse(json.dumps(document))
     assert error.what == "unknown schema version"
-    assert (error.got, error.expected) == (repr(version), 1)
+    assert (error.got, error.expected) == (repr(version), 2)
     del document["schema_version"]
     assert refuse(json.dumps(document)).got == "None"
+
+
+def of_version_1(document: Document) -> Document:
+    """The same bundle as the first schema version had it, with its hash."""
+    old: Document = json.loads(json.dumps(document)) | {"schema_version": 1}
+    check = old["evidence"]["coord_check"]
+    del check["widths"], check["replay"]
+    for line in check["slopes"]:
+        del line["replay"]
+    return old | {"sha256": digest(old)}
+
+
+def test_an_older_bundle_is_named_converted_and_sound(document: Document, refuse: Refuse) -> None:
+    old = of_version_1(document)
+    error = refuse(json.dumps(old))
+    assert error.got == "1"
+    assert "mutransfer bundle migrate" in str(error.cure)
+    before = copy.deepcopy(old)
+    new = migrate(old, "old.json")
+    assert old == before, "the document is not touched"
+    assert new.schema_version == 2
+    assert new.verify() == Bundle.model_validate(document).verify()
+    assert new.evidence is not None
+    assert new.evidence.coord_check is not None
+    assert new.evidence.coord_check.replay is None
+    assert new.table.model_dump(mode="json") == document["table"]
+
+
+@pytest.mark.parametrize(
+    ("change", "where"),
+    [
+        ({"schema_version": 2}, "schema_version"),
+        ({"schema_version": True}, "schema_version"),
+        ({"batch_tokens": 7}, "sha256"),
+        ({"sha256": "0" * 64}, "sha256"),
+    ],
+)
+def test_what_is_no_older_bundle_is_not_converted(
+    document: Document, change: Document, where: str
+) -> None:
+    with pytest.raises(UserError) as error:
+        migrate(of_version_1(document) | change, "old.json")
+    assert error.value.where == f"old.json: {where}"
+
+
+@pytest.mark.parametrize(
+    "evidence", [7, [], {"coord_check": []}, {"coord_check": {}}, {"coord_check": {"slopes": [1]}}]
+)
+def test_a_malformed_older_bundle_is_one_line(document: Document, evidence: object) -> None:
+    old = of_version_1(document) | {"evidence": evidence}
+    with pytest.raises(UserError, match="old.json"):
+        migrate(old | {"sha256": digest(old)}, "old.json")

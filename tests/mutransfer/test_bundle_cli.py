@@ -130,7 +130,7 @@ def test_validate_ends_with_1_on_a_failed_verdict(save: Save, capsys: Capture, n
         ({"table__rows__1__init_std": 0.5}, ["table.rows.", ".init_std: ", "got 0.5"]),
         ({"evidence": None}, ["evidence.coord_check: ", "got missing", "--accept-unverified"]),
         ({"evidence__coord_check": None}, ["evidence.coord_check: ", "got missing"]),
-        ({"schema_version": 2}, ["schema_version: ", "got 2", "expected 1"]),
+        ({"schema_version": 3}, ["schema_version: ", "got 3", "expected 2"]),
         ({"batch": 1}, ["unknown field 'batch'", "expected 'batch_tokens' perhaps"]),
         ({"evidence__study__trials__1__los": 1}, ["unknown field 'evidence.study.trials.1.los'",
                                                   "expected 'losses' perhaps"]),
@@ -195,7 +195,7 @@ def test_schema_fits_a_real_bundle(real_bundle: Path, sound: Bundle, capsys: Cap
 
     assert refuses(lambda d: d.update(extra=1))
     assert refuses(lambda d: d.pop("data"))
-    assert refuses(lambda d: d.update(schema_version=2))
+    assert refuses(lambda d: d.update(schema_version=3))
     assert refuses(lambda d: d.update(sha256="x"))
     assert refuses(lambda d: d["base_hyperparameters"].update(lr="0.1"))
     assert refuses(lambda d: d["base_hyperparameters"].update(lr=-0.1))
@@ -267,3 +267,22 @@ def test_refusals_do_not_print_it_either(save: Save, capsys: Capture, changes: D
     error = refused(capsys, "validate", save(**changes))
     assert harmless(error)
     assert "evil" in error
+
+
+def test_migrate_writes_a_valid_bundle_and_overwrites_nothing(
+    sound: Bundle, tmp_path: Path, capsys: Capture
+) -> None:
+    old = json.loads(json.dumps(sound.model_dump(mode="json"))) | {"schema_version": 1}
+    check = old["evidence"]["coord_check"]
+    del check["widths"], check["replay"]
+    for line in check["slopes"]:
+        del line["replay"]
+    old["sha256"] = digest(old)
+    (tmp_path / "old.json").write_text(json.dumps(old))
+    paths = str(tmp_path / "old.json"), str(tmp_path / "new.json")
+    assert run(capsys, "migrate", *paths)[0] == 0
+    assert run(capsys, "validate", paths[1])[0] == 0
+    assert "file exists" in refused(capsys, "migrate", *paths)
+    newer = str(tmp_path / "newer.json")
+    assert "not a bundle of an older schema version" in refused(capsys, "migrate", paths[1], newer)
+    assert not (tmp_path / "newer.json").exists()
