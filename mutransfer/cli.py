@@ -82,6 +82,12 @@ COMMANDS = {
         attribute="app",
         help="Show, validate and compare bundles; print their schema.",
     ),
+    "preflight": Late(
+        module="full_scale.cli",
+        attribute="preflight",
+        help="Check the real target's first steps before it is paid for.",
+        siblings=("proxies", "full_scale"),
+    ),
     "train": Late(
         module="full_scale.cli",
         attribute="train",
