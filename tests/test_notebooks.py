@@ -122,5 +122,5 @@ def test_all_three_run_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         if path.name.startswith("3"):
             printed = "".join(o.get("text", "") for o in outputs)
             assert "sha256: the content does not have the hash that it claims" in printed
-    assert pictures == 4
+    assert pictures == 7
     assert (tmp_path / "run" / "train" / "run.json").is_file()
