@@ -7,16 +7,17 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from mutransfer.coord_measure import Values, hooked, typical
 from mutransfer.roles import MATRIX_ROLES
-from mutransfer.table import Table
+from mutransfer.table import Row
 
 
 @torch.no_grad()
-def eps_shares(optimizer: object, model: nn.Module, table: Table) -> Values:
+def eps_shares(optimizer: object, model: nn.Module, rows: Mapping[str, Row]) -> Values:
     """eps / sqrt(v-hat) per pattern, the median over the entries that have a gradient.
 
     Kind is `eps_share`. What has no second moment, as under Muon or before the first step, is
@@ -25,9 +26,8 @@ def eps_shares(optimizer: object, model: nn.Module, table: Table) -> Values:
     Args:
         optimizer: A torch optimizer, or anything that holds some as attributes.
         model: The model.
-        table: Its table.
+        rows: Its table's rows, by fully qualified name.
     """
-    rows = table.resolve(model)
     names: dict[Tensor, str] = {p: fqn for fqn, p in model.named_parameters()}
     found: dict[tuple[str, str], list[float]] = {}
     for inner in _torch_optimizers(optimizer):
@@ -37,11 +37,8 @@ def eps_shares(optimizer: object, model: nn.Module, table: Table) -> Values:
                 if parameter not in names or "exp_avg_sq" not in state:
                     continue
                 corrected = 1 - float(group["betas"][1]) ** float(state["step"])
-                second = state["exp_avg_sq"] / corrected
-                alive = second[second > 0]
-                share = math.inf
-                if len(alive):
-                    share = float(group["eps"]) / math.sqrt(float(alive.median()))
+                median = _median_above_zero(state["exp_avg_sq"]) / corrected
+                share = float(group["eps"]) / math.sqrt(median) if median else math.inf
                 key = ("eps_share", rows[names[parameter]].pattern)
                 found.setdefault(key, []).append(share)
     return typical(found)
@@ -50,6 +47,19 @@ def eps_shares(optimizer: object, model: nn.Module, table: Table) -> Values:
 def _torch_optimizers(optimizer: object) -> list[torch.optim.Optimizer]:
     inner = [optimizer, *getattr(optimizer, "__dict__", {}).values()]
     return [each for each in inner if isinstance(each, torch.optim.Optimizer)]
+
+
+def _median_above_zero(second: Tensor) -> float:
+    """The lower median of the entries above zero; zero if there are none.
+
+    By numpy's partition: torch's median, with the selection before it, takes twice as long.
+    """
+    entries = second.float().flatten().numpy(force=True)
+    alive = int((entries > 0).sum())
+    if not alive:
+        return 0.0
+    place = int((entries == 0).sum()) + (alive - 1) // 2  # zeros come first, NaN last
+    return float(np.partition(entries, place)[place])
 
 
 class Alignment:
@@ -63,12 +73,14 @@ class Alignment:
     Args:
         model: The model; it carries hooks only inside `watch`.
         first: Its weights at t = 0, by fully qualified name.
-        table: Its table.
+        rows: Its table's rows, likewise.
     """
 
-    def __init__(self, model: nn.Module, first: Mapping[str, Tensor], table: Table) -> None:
+    def __init__(
+        self, model: nn.Module, first: Mapping[str, Tensor], rows: Mapping[str, Row]
+    ) -> None:
         self._layers = []
-        for fqn, row in table.resolve(model).items():
+        for fqn, row in rows.items():
             parent, _, leaf = fqn.rpartition(".")
             if row.role in MATRIX_ROLES and leaf == "weight":
                 self._layers.append((model.get_submodule(parent), first[fqn], row.pattern))
@@ -84,12 +96,15 @@ class Alignment:
         def hook_of(first: Tensor, pattern: str) -> Any:
             @torch.no_grad()
             def hook(module: Any, inputs: tuple[Tensor, ...], output: object) -> None:
+                if not inputs:  # called by keyword
+                    return
                 x, change = inputs[0].float(), module.weight.float() - first.float()
                 if x.shape[-1] != change.shape[-1]:
                     return
                 whole = float(change.norm() * x.norm())
                 if whole != 0:
-                    moved = float(torch.nn.functional.linear(x, change).norm())
+                    with torch.autocast(x.device.type, enabled=False):  # the model may be under it
+                        moved = float(torch.nn.functional.linear(x, change).norm())
                     found.setdefault(("alignment", pattern), []).append(moved / whole)
 
             return hook

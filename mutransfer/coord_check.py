@@ -23,14 +23,18 @@ from mutransfer.coord_adam import Alignment, eps_shares
 from mutransfer.coord_expect import Axis, Thresholds
 from mutransfer.coord_ladder import Rung, make_ladder
 from mutransfer.coord_measure import Recorder, Values, later_updates, weight_values
+from mutransfer.coord_overflow import fp8_values
 from mutransfer.coord_result import CoordCheckResult
-from mutransfer.coord_verdict import judge
+from mutransfer.coord_verdict import Unjudged, judge
 from mutransfer.errors import UserError
 from mutransfer.progress import Report, quiet
 from mutransfer.symbolic import Finding, check_after, check_groups, optimizer_kind
 from mutransfer.table import Table
 
 __all__ = ["CoordCheckResult", "Stepper", "Thresholds", "Trainable", "coord_check"]
+
+
+UNSEEN = "there is no attention, or no module that shows its queries and keys (is_attention_core)"
 
 
 class Stepper(Protocol):
@@ -54,6 +58,8 @@ class Trainable:
         loss: Loss of the model, in nats, on one fixed batch; calls `model` itself.
         table: The model's table.
         tokens: The batch's input ids (batch, seq), where the logits are (batch, seq, vocab).
+        trained: Optimizer steps that the factory has trained the model for already. The check
+            goes on from there, and does not judge what is right at init alone.
     """
 
     model: nn.Module
@@ -61,6 +67,7 @@ class Trainable:
     loss: Callable[[], Tensor]
     table: Table
     tokens: Tensor | None = None
+    trained: int = 0
 
     @property
     def groups(self) -> list[Mapping[str, Any]]:
@@ -89,8 +96,9 @@ def coord_check(
     """Trains a ladder of models for a few steps and judges how their coordinates scale.
 
     Args:
-        factory: (width, seed) -> a fresh model with its optimizer and batch. Learning rates
-            should be at or above the best one, weight decay off, gradients not clipped.
+        factory: (width, seed) -> a fresh model with its optimizer and batch, or one that it
+            trained for `Trainable.trained` steps. Learning rates should be at or above the best
+            one, gradients not clipped.
         widths: At least three different ones; four that span a factor of 8 are a good choice.
             Numbers of blocks, where the axis is `depth`; the factory is called with those.
         seeds: Models per width.
@@ -117,25 +125,29 @@ def coord_check(
         for seed in range(seeds):
             trainable = factory(width, seed)
             model, table = trainable.model, trainable.table
-            found = check_groups(trainable.groups, table, model)
+            found = check_groups(trainable.groups, table, model, trained=trainable.trained > 0)
             recorder = Recorder(model, table, trainable.tokens, depth=axis == "depth")
-            for t, values in _train(trainable, recorder, steps):
+            for t, values in measure(trainable, recorder, steps):
                 rows += [(*key, t, width, seed, value) for key, value in values.items()]
             found += check_after(trainable.groups, table, model)
             for finding in found:
                 key = (finding.name, finding.field)
                 findings.setdefault(key, replace(finding, width=width))
             rungs[width] = Rung(model, table, optimizer_kind(trainable.groups),
-                                trainable.tokens is not None, recorder.head_dim)  # fmt: skip
+                                trainable.tokens is not None, recorder.head_dim,
+                                trainable.trained)  # fmt: skip
             share = (widths.index(width) * seeds + seed + 1) / (len(widths) * seeds)
             progress(f"{table.parametrization}: {axis} {width}, seed {seed + 1} of {seeds}", share)
     frame = pd.DataFrame(rows, columns=["kind", "name", "t", "width", "seed", "value"])
     ladder = make_ladder(rungs, axis)
     quantities, exceptions = judge(frame, ladder, thresholds or Thresholds())
+    if "attention_logits" not in set(frame["kind"]):
+        exceptions += (Unjudged(kind="attention_logits", name="none", reason=UNSEEN),)
     return CoordCheckResult(
         parametrization=table.parametrization,
         optimizer=ladder.optimizer,
         axis=axis,
+        trained=ladder.trained,
         widths=tuple(widths),
         seeds=seeds,
         steps=steps,
@@ -146,28 +158,40 @@ def coord_check(
     )
 
 
-def _train(trainable: Trainable, recorder: Recorder, steps: int) -> Iterator[tuple[int, Values]]:
+def measure(
+    trainable: Trainable, recorder: Recorder, steps: int, *, sizes_only: bool = False
+) -> Iterator[tuple[int, Values]]:
     """Trains, and yields what there is to see before step 0 and after 1, 2, 4, 8, ….
 
     The measured passes are the training's own forward passes; only the last is one more.
+
+    Args:
+        trainable: The model.
+        recorder: What watches it.
+        steps: Optimizer steps.
+        sizes_only: Whether to leave out what costs a large model minutes and a copy of itself:
+            operator norms, alignment, eps and later updates.
     """
-    model, table = trainable.model, trainable.table
+    model = trainable.model
+    rows = trainable.table.resolve(model)
     first = second = {fqn: p.detach().clone() for fqn, p in model.named_parameters()}
-    alignment = Alignment(model, first, table)
+    alignment = Alignment(model, first, rows)
     for t in range(steps + 1):
         if t & (t - 1) == 0:
             with ExitStack() as stack:
                 values = stack.enter_context(recorder.watch())
-                aligned = stack.enter_context(alignment.watch())
+                aligned = {} if sizes_only else stack.enter_context(alignment.watch())
                 stack.enter_context(torch.set_grad_enabled(t < steps))
                 loss = trainable.loss()
             values["loss", "loss"] = float(loss.detach())
-            values |= aligned | weight_values(model, first, table, initial=t == 0)
-            values |= eps_shares(trainable.optimizer, model, table)
-            if t == 1:
-                second = {fqn: p.detach().clone() for fqn, p in model.named_parameters()}
-            elif t:
-                values |= later_updates(model, second, table)
+            values |= weight_values(model, first, rows, initial=t == 0, norms=not sizes_only)
+            if not sizes_only:
+                values |= aligned | eps_shares(trainable.optimizer, model, rows)
+                values |= fp8_values(model)
+                if t == 1:
+                    second = {fqn: p.detach().clone() for fqn, p in model.named_parameters()}
+                elif t:
+                    values |= later_updates(model, second, rows)
             yield t, values
         elif t < steps:
             loss = trainable.loss()

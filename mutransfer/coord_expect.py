@@ -61,6 +61,12 @@ class Thresholds:
             other tokens (expected -1/2), and of all where tokens are unknown, upwards.
         other_logits_below: Logits of other tokens at t = 0, downwards.
         loss: Loss at t = 0, upwards.
+        late: Warns of what only warns of a model that was trained before the check; times
+            `product` where that applies.
+        overflow: Share of a tensor's entries that FP8 casts clamp, at the step and width
+            where it is largest, less what they clamp in the smallest models. Correct models
+            stay below 0.6%, lr 2^-10 to 2^-4; where learning rates do not shrink with the
+            width, a ladder to 256 shows 4% to 39% (docs/decisions/0003-coordinate-check.md).
     """
 
     init: Tolerance = field(default=Tolerance(warn=0.08, fail=0.15))
@@ -78,6 +84,8 @@ class Thresholds:
     other_logits_below: Tolerance = field(default=Tolerance(warn=0.4, fail=0.6))
     any_logits: Tolerance = field(default=Tolerance(warn=0.2, fail=0.3))
     loss: Tolerance = field(default=Tolerance(warn=0.05, fail=0.1))
+    late: float = 0.35
+    overflow: Tolerance = field(default=Tolerance(warn=0.01, fail=0.03))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,6 +94,7 @@ class Ladder:
 
     Attributes:
         axis: What the models differ in; all exponents are 0 where that is the depth.
+        trained: Steps that the models were trained for before the check.
         optimizer: `adamw` or `muon`, for the hidden matrices.
         roles: Role by parameter pattern.
         fan_in, fan_out: Exponent of the fan-in and fan-out by parameter pattern: 1 for a side
@@ -101,6 +110,7 @@ class Ladder:
     head_dim: float = 0.0
     tokens: bool = False
     axis: Axis = "width"
+    trained: int = 0
 
     def module_role(self, name: str) -> Role | None:
         """Role of a module's parameter, by the module's pattern."""

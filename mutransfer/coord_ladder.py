@@ -17,12 +17,19 @@ class Rung:
     """What is left of a trained model for the ladder: roles, shapes, names, optimizer."""
 
     def __init__(
-        self, model: nn.Module, table: Table, optimizer: str, tokens: bool, head_dim: int | None
+        self,
+        model: nn.Module,
+        table: Table,
+        optimizer: str,
+        tokens: bool,
+        head_dim: int | None,
+        trained: int = 0,
     ) -> None:
         self.roles = {row.pattern: row.role for row in table.rows}
         self.shapes = {row.pattern: row.shape for row in table.rows}
         self.parameters = {fqn for fqn, _ in model.named_parameters()}
         self.optimizer, self.tokens, self.head_dim = optimizer, tokens, head_dim or 1
+        self.trained = trained
 
 
 def make_ladder(rungs: Mapping[int, Rung], axis: Axis) -> Ladder:
@@ -36,9 +43,9 @@ def make_ladder(rungs: Mapping[int, Rung], axis: Axis) -> Ladder:
         UserError: They are not the same model at several widths, or several depths.
     """
     small, large = rungs[min(rungs)], rungs[max(rungs)]
-    same = ["roles", "parameters", "optimizer", "tokens"]
+    same = ["roles", "parameters", "optimizer", "tokens", "trained"]
     if axis == "depth":
-        same = ["roles", "shapes", "optimizer", "tokens", "head_dim"]
+        same = ["roles", "shapes", "optimizer", "tokens", "head_dim", "trained"]
     for size, rung in rungs.items():
         for what in same:
             if getattr(rung, what) != getattr(small, what):
@@ -65,6 +72,7 @@ def make_ladder(rungs: Mapping[int, Rung], axis: Axis) -> Ladder:
         fan_out={name: exponent(s[0], large.shapes[name][0]) for name, s in small.shapes.items()},
         head_dim=exponent(small.head_dim, large.head_dim),
         tokens=small.tokens,
+        trained=small.trained,
     )
 
 

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from mutransfer.errors import UserError
+from mutransfer.modules import module_roles
 from mutransfer.roles import MATRIX_ROLES, pattern_of
-from mutransfer.table import Table
+from mutransfer.table import Row, Table
 
 Values = dict[tuple[str, str], float]
 """(kind, name) -> value, of one model at one step."""
@@ -44,6 +45,10 @@ class Recorder:
     it: the middle block alone, and the stream after the last one. `branch` is what the middle
     block adds to the stream.
 
+    A module may be told apart by an attribute: `is_attention_core` is true of one that takes
+    scaled queries and keys as its first two arguments; `fp8_overflow` and `fp8_amax` belong to
+    one that computes in FP8, and `coord_overflow.fp8_values` reads them.
+
     Args:
         model: The model; it carries hooks only inside `watch`.
         table: The model's table, which tells its head.
@@ -53,9 +58,10 @@ class Recorder:
 
     Attributes:
         head_dim: Size of an attention head; `None` until an attention core was watched.
+        stacks: Names of the blocks, by ModuleList.
 
     Raises:
-        UserError: The model is compiled, so that hooks would not see its modules.
+        UserError: The model is, or holds, a module that `torch.compile` returned.
     """
 
     def __init__(
@@ -66,15 +72,20 @@ class Recorder:
         *,
         depth: bool = False,
     ) -> None:
-        if hasattr(model, "_orig_mod"):
-            raise UserError("the model is compiled, so hooks cannot see its modules",
-                            where="Trainable.model", got=type(model).__name__,
-                            cure="Return the model as it was before torch.compile.")  # fmt: skip
+        for name, module in model.named_modules():
+            if hasattr(module, "_orig_mod"):
+                raise UserError(
+                    "the model is compiled, so that its parameters have other names",
+                    where=f"Trainable.model.{name}".rstrip("."),
+                    got=type(module).__name__,
+                    cure="Return the model as it was before torch.compile; loss() may run the "
+                    "compiled one. Or compile in place: module.compile().",
+                )
         self.head_dim: int | None = None
         self._model, self._tokens, self._depth = model, tokens, depth
-        rows = table.resolve(model)
-        self._heads = {fqn.rpartition(".")[0] for fqn, row in rows.items() if row.role == "head"}
-        stacks = [
+        roles = module_roles(model, table)
+        self._heads = {name for name, role in roles.items() if role == "head"}
+        self.stacks = stacks = [
             [f"{name}.{index}" if name else index for index, block in module.named_children()
              if next(block.children(), None) is not None]
             for name, module in model.named_modules() if isinstance(module, nn.ModuleList)
@@ -85,19 +96,35 @@ class Recorder:
         self._aside = self._blocks - middle if depth else set()
         self._first: dict[tuple[str, str], Tensor] = {}
         self._calls: dict[tuple[str, str], int] = {}
+        self._seen: set[tuple[str, str]] = set()
         self._found: dict[tuple[str, str], list[float]] = {}
 
     @contextmanager
     def watch(self) -> Iterator[Values]:
         """Collects from the forward passes inside; the values are there afterwards.
 
-        The first `watch` keeps the outputs that later ones are compared with.
+        The first `watch` keeps the outputs that later ones are compared with. What is compiled
+        runs eagerly inside: compiled code ignores hooks that it was not traced with.
+
+        Raises:
+            UserError: No module of the model ran, or fewer than in an earlier pass.
         """
-        self._calls, self._found = {}, {}
+        self._calls, self._seen, self._found = {}, set(), {}
         named = ((self._hook(name, module), module) for name, module in self._model.named_modules())
         values: Values = {}
-        with hooked((module, hook) for hook, module in named if hook is not None):
+        hooks = hooked((module, hook) for hook, module in named if hook is not None)
+        with hooks, torch.compiler.set_stance("force_eager"):
             yield values
+        lost = [name for kind, name in self._first if (kind, name) not in self._seen]
+        if lost or not self._seen:
+            raise UserError(
+                f"loss() ran {'less' if self._seen else 'nothing'} of the model that can be seen",
+                where="Trainable.loss",
+                got=f"{len(self._seen)} outputs" + (f", without {lost[0]}" if lost else ""),
+                expected=f"{len(self._first)}, as before" if lost else "some",
+                cure="Let it run Trainable.model itself, all of it in every call, and no copy, "
+                "export or script of it.",
+            )
         values.update(typical(self._found))
 
     def _hook(self, name: str, module: nn.Module) -> Callable[..., None] | None:
@@ -119,7 +146,8 @@ class Recorder:
         @torch.no_grad()
         def hook(module: nn.Module, inputs: tuple[Any, ...], output: object) -> None:
             if (tensor := _tensor(output)) is not None:
-                look(inputs, tensor)
+                with torch.autocast(tensor.device.type, enabled=False):  # the model may be under it
+                    look(inputs, tensor)
 
         return hook
 
@@ -148,8 +176,8 @@ class Recorder:
                             cure="Give the ids that the model reads.")  # fmt: skip
         own = torch.zeros_like(logits, dtype=torch.bool)
         own.scatter_(-1, self._tokens.unsqueeze(-1), True)
-        self._add("logits", "self-token logits", logits[own])
-        self._add("logits", "other-token logits", logits[~own])
+        self._add("logits", "self-token logits", logits.masked_select(own))
+        self._add("logits", "other-token logits", logits.masked_select(~own))
 
     def _add(self, kind: str, name: str, x: Tensor) -> None:
         """Adds one output, and its change; the n-th call of a reused module stands for itself."""
@@ -159,6 +187,7 @@ class Recorder:
         square = x.var(correction=0) if kind == "attention_logits" else x.square().mean()
         self._found.setdefault((kind, pattern), []).append(math.sqrt(float(square)))
         key = (kind, name + suffix)
+        self._seen.add(key)
         if key not in self._first:
             self._first[key] = x.clone()
             return
@@ -199,20 +228,33 @@ def causal_logits(q: Tensor, k: Tensor) -> Tensor:
 def operator_norm(matrix: Tensor) -> float:
     """RMS-operator norm sqrt(fan_in/fan_out) * sigma_max of a (fan_out, fan_in) matrix.
 
-    The norm that 2310.17813 holds constant in width. Exact: sigma_max is the root of the
-    largest eigenvalue of the smaller Gram matrix, at the cost of its side cubed.
+    The norm that 2310.17813 holds constant in width. sigma_max is the root of the largest
+    eigenvalue of the smaller Gram matrix, at the cost of its side cubed. That eigenvalue is exact
+    to fp32's rounding, whatever the others are; entries over the largest one keep it in range.
     """
     fan_out, fan_in = matrix.shape
-    tall = matrix.double() if fan_out >= fan_in else matrix.double().T
-    if not bool(tall.isfinite().all()):
+    peak = float(matrix.abs().max())
+    if not math.isfinite(peak):
         return math.inf
-    largest = float(torch.linalg.eigvalsh(tall.T @ tall)[-1])
-    return math.sqrt(max(largest, 0.0) * fan_in / fan_out)
+    if not peak:
+        return 0.0
+    tall = (matrix if fan_out >= fan_in else matrix.T).float() / peak
+    try:
+        largest = float(torch.linalg.eigvalsh(tall.T @ tall)[-1])
+    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
+        # Where many columns are zero it may not converge in fp32.
+        largest = float(torch.linalg.eigvalsh(tall.double().T @ tall.double())[-1])
+    return peak * math.sqrt(largest * fan_in / fan_out)
 
 
 @torch.no_grad()
 def weight_values(
-    model: nn.Module, first: Mapping[str, Tensor], table: Table, *, initial: bool
+    model: nn.Module,
+    first: Mapping[str, Tensor],
+    rows: Mapping[str, Row],
+    *,
+    initial: bool,
+    norms: bool = True,
 ) -> Values:
     """RMS of the initial weights, or how far they have moved.
 
@@ -223,10 +265,10 @@ def weight_values(
     Args:
         model: The model.
         first: Its weights at t = 0, by fully qualified name.
-        table: Its table.
+        rows: Its table's rows, likewise.
         initial: Whether this is t = 0.
+        norms: Whether to take operator norms, at the cost of a matrix side cubed.
     """
-    rows = table.resolve(model)
     found: dict[tuple[str, str], list[float]] = {}
     for fqn, parameter in model.named_parameters():
         pattern, rms = rows[fqn].pattern, _rms(first[fqn].float())
@@ -234,16 +276,20 @@ def weight_values(
             found.setdefault(("weight", pattern), []).append(rms)
             continue
         change = parameter.float() - first[fqn].float()
-        found.setdefault(("update", pattern), []).append(_rms(change))
+        moved = _rms(change)
+        found.setdefault(("update", pattern), []).append(moved)
         if rows[fqn].role in MATRIX_ROLES:
-            found.setdefault(("update_norm", pattern), []).append(operator_norm(change))
+            if norms:
+                found.setdefault(("update_norm", pattern), []).append(operator_norm(change))
             if rms:
-                found.setdefault(("update_ratio", pattern), []).append(_rms(change) / rms)
+                found.setdefault(("update_ratio", pattern), []).append(moved / rms)
     return typical(found)
 
 
 @torch.no_grad()
-def later_updates(model: nn.Module, second: Mapping[str, Tensor], table: Table) -> Values:
+def later_updates(
+    model: nn.Module, second: Mapping[str, Tensor], rows: Mapping[str, Row]
+) -> Values:
     """How far the entry of each weight went that went farthest since the first step.
 
     Kind is `later_update`. Under Adam an entry whose gradient keeps its sign moves by the
@@ -252,9 +298,8 @@ def later_updates(model: nn.Module, second: Mapping[str, Tensor], table: Table) 
     Args:
         model: The model.
         second: Its weights at t = 1, by fully qualified name.
-        table: Its table.
+        rows: Its table's rows, likewise.
     """
-    rows = table.resolve(model)
     found: dict[tuple[str, str], list[float]] = {}
     for fqn, parameter in model.named_parameters():
         change = float((parameter.float() - second[fqn].float()).abs().max())

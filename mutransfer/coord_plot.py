@@ -39,6 +39,9 @@ PANELS = {
 }
 """Panel by kind; several kinds may share one."""
 
+LATE_PANELS = PANELS | {"weight": "weights\n(RMS)"}
+"""The same where models were trained before the check: what is left of the init shows."""
+
 COLOURS = {"PASS": "#1a7f37", "WARN": "#b35900", "FAIL": "#c4162a"}
 LINES = ("embedding", "q", "k", "v", "o", "gate", "up", "down", "norm", "block's share")
 """Curves with a colour of their own, by what their name contains; any other is black."""
@@ -54,17 +57,19 @@ def coord_check_data(result: CoordCheckResult) -> pd.DataFrame:
         verdict (empty for the loss after training). Curves without a slope are left out.
     """
     rows = []
+    panels = _panels(result)
     for q in result.quantities:
-        if q.kind not in PANELS or q.slope is None or q.kind == "loss":
+        if q.kind not in panels or q.slope is None or q.kind == "loss":
             continue
         points = _points(result.frame, q.kind, q.name, q.times)
         points -= points.loc[min(result.widths)].mean()
         right = q.expected * np.log2(points.index.get_level_values("width") / min(result.widths))
-        rows += _rows(q, _label(q), points - right)
+        rows += _rows(q, panels[q.kind], _label(q), points - right)
     for t in sorted(result.frame["t"].unique()):
         points = _points(result.frame, "loss", "loss", (int(t),))
+        label = f"step {'+' if result.trained else ''}{t}"
         rows += [
-            {"panel": PANELS["loss"], "kind": "loss", "name": "loss", "label": f"step {t}",
+            {"panel": PANELS["loss"], "kind": "loss", "name": "loss", "label": label,
              **row, "slope_low": -np.inf, "slope_high": np.inf, "verdict": ""}
             for row in _spread(points)
         ]  # fmt: skip
@@ -79,9 +84,13 @@ def _points(frame: pd.DataFrame, kind: str, name: str, times: tuple[int, ...]) -
     return log.groupby([found["width"], found["seed"]]).mean()
 
 
-def _rows(q: Quantity, label: str, points: Any) -> list[dict[str, Any]]:
+def _panels(result: CoordCheckResult) -> dict[str, str]:
+    return LATE_PANELS if result.trained else PANELS
+
+
+def _rows(q: Quantity, panel: str, label: str, points: Any) -> list[dict[str, Any]]:
     fixed = {
-        "panel": PANELS[q.kind],
+        "panel": panel,
         "kind": q.kind,
         "name": q.name,
         "label": label,
@@ -110,24 +119,26 @@ def _label(q: Quantity) -> str:
     if q.kind.endswith("logits"):
         words = {"attention_logits": "at init", "delta_attention_logits": "change",
                  "delta_logits": "change"}  # fmt: skip
-        return words.get(q.kind, f"{q.name.removesuffix(' logits')} at init")
+        text = words.get(q.kind, f"{q.name.removesuffix(' logits')} at init")
+        return text.replace("at init", "size") if q.trained else text
     parts = [part for part in q.name.split(".") if part not in ("layers", "*", "weight")]
     return parts[-1]
 
 
 def coord_check_figure(
-    result: CoordCheckResult, contrast: CoordCheckResult | None = None
+    result: CoordCheckResult, contrast: CoordCheckResult | None = None, *, precision: str = "fp32"
 ) -> Figure:
     """Draws the check as small multiples, 1800 x 1000 pixels; a contrast is a second row.
 
     Args:
         result: The check that counts.
         contrast: Another one to hold beside it, such as the standard parametrization's.
+        precision: What the models computed in; named where it is not fp32.
     """
     from matplotlib.figure import Figure
 
     results = [result] if contrast is None else [result, contrast]
-    panels = list(dict.fromkeys(PANELS.values()))
+    panels = list(dict.fromkeys(_panels(result).values()))
     columns = 4 if contrast is None else len(panels)
     data = [coord_check_data(each) for each in results]
     figure = Figure(figsize=(18, 10), dpi=100, layout="constrained")
@@ -136,14 +147,15 @@ def coord_check_figure(
                               height_ratios=[*[head, 1] * len(results), 0.08])  # fmt: skip
     axes: list[list[Axes]] = []
     for index, (each, frame) in enumerate(zip(results, data, strict=True)):
-        _headline(bands[2 * index], each)
+        _headline(bands[2 * index], each, precision)
         band = bands[2 * index + 1]
         grid = band.subplots(-(-len(panels) // columns), columns, squeeze=False).flatten()
         axes.append(list(grid[: len(panels)]))
         for axis, panel in zip(axes[-1], panels, strict=True):
             _panel(axis, panel, each, frame[frame["panel"] == panel])
         for axis in grid[::columns][: -(-len(panels) // columns)]:
-            axis.set_ylabel("size over the right size\n(narrowest = 1)", fontsize=11)
+            smallest = "narrowest" if each.axis == "width" else "shallowest"
+            axis.set_ylabel(f"size over the right size\n({smallest} = 1)", fontsize=11)
         for spare in grid[len(panels) :]:
             spare.set_axis_off()
             told = [textwrap.fill(line, 46) for line in each.culprits[1:4]]
@@ -154,24 +166,32 @@ def coord_check_figure(
     return figure
 
 
-def _headline(band: Any, result: CoordCheckResult) -> None:
+def _headline(band: Any, result: CoordCheckResult, precision: str) -> None:
     """The verdict of one check and its first reason, over its row."""
     optimizer = {"adamw": "AdamW", "muon": "Muon"}[result.optimizer]
     reason = (
         f"all {len(result.quantities)} quantities keep their right size from {result.axis} "
         f"{min(result.widths)} to {max(result.widths)}: the curves are flat"
     )
+    if result.trained or result.axis == "depth":
+        reason = reason.replace("the curves are flat", "no curve leaves what passes")
     reason = textwrap.shorten(next(iter(result.culprits), reason), 210, placeholder=" …")
-    head = f"{result.parametrization}, {optimizer}: {result.verdict}"
+    which = f", after {result.trained} steps" if result.trained else ""
+    which += f", {precision}" if precision != "fp32" else ""
+    head = f"{result.parametrization}, {optimizer}{which}: {result.verdict}"
     band.text(0.01, 0.7, head, fontsize=18, fontweight="bold", va="center",
               color=COLOURS[result.verdict])  # fmt: skip
     band.text(0.01, 0.16, reason, fontsize=12, va="center")
 
 
 def _panel(axis: Axes, panel: str, result: CoordCheckResult, frame: pd.DataFrame) -> None:
-    verdicts = [q.verdict for q in result.quantities if PANELS.get(q.kind) == panel]
+    verdicts = [q.verdict for q in result.quantities if _panels(result).get(q.kind) == panel]
     verdict = max(verdicts, key=SEVERITY.index, default="")
-    axis.set_title(panel, fontsize=12, loc="left")
+    title = panel
+    if result.trained:  # one panel more, so that each is narrower
+        for long, short in (("\nat init", ""), ("n logits", "n\nlogits"), ("operator ", "")):
+            title = title.replace(long, short)
+    axis.set_title(title, fontsize=12, loc="left")
     axis.set_xscale("log", base=2)
     axis.set_xticks(result.widths, [str(width) for width in result.widths], fontsize=10)
     axis.minorticks_off()
@@ -222,7 +242,8 @@ def _style(kind: str, name: str, label: str, panel: str) -> dict[str, Any]:
                 "label": label}  # fmt: skip
     if panel in (PANELS["logits"], PANELS["attention_logits"]):
         order = ["at init", "self-token at init", "other-token at init", "change"]
-        index = order.index(label) if label in order else 0
+        usual = label.replace("size", "at init")
+        index = order.index(usual) if usual in order else 0
         return {"color": colormaps["Dark2"]((0, 1, 0, 2)[index]), "label": label}
     for index, line in enumerate(LINES):
         if label == line or (line == "norm" and label.endswith("norm")):

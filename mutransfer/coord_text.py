@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from mutransfer.verdict import SEVERITY
 
 if TYPE_CHECKING:
-    from mutransfer.coord_verdict import Quantity
+    from mutransfer.coord_late import Drift
+    from mutransfer.coord_verdict import Quantity, Unjudged
     from mutransfer.symbolic import Finding
 
 SUBJECTS = {
@@ -28,6 +30,9 @@ SUBJECTS = {
     "delta_residual": "changes in the residual stream",
     "delta_attention_logits": "changes in the attention logits",
     "delta_logits": "changes in the {}",
+    "overflow_inputs": "inputs of {}",
+    "overflow_weights": "weights of {}",
+    "overflow_gradients": "output gradients of {}",
 }
 """What each kind is called, causes before their consequences: culprits are told in this order."""
 
@@ -58,21 +63,36 @@ def power(slopes: Iterable[float], axis: str = "width") -> str:
     return f"{axis}^" + "…".join(dict.fromkeys(ends))
 
 
-def subject(kind: str, names: Sequence[str]) -> str:
-    """What a sentence about these patterns is about."""
-    return SUBJECTS[kind].format(join_names(names))
+def subject(kind: str, names: Sequence[str], trained: bool = False) -> str:
+    """What a sentence about these patterns is about; nothing of a trained model is initial."""
+    text = SUBJECTS[kind]
+    if trained:
+        text = text.removeprefix("initial ").replace("first ", "").removesuffix(" at init")
+    return text.format(join_names(names))
+
+
+def label(kind: str, trained: bool = False) -> str:
+    """What a kind is called in a table."""
+    if kind == "eps_share":
+        return "share of the steps that eps takes"
+    text = subject(kind, ["{}"], trained).replace(" of {}", "").replace("{}", "logits")
+    return f"share of {text} beyond FP8" if kind.startswith("overflow") else text
 
 
 def sentence(quantities: Sequence[Quantity]) -> str:
     """One sentence about quantities of one kind, cause and right slope."""
     first = quantities[0]
-    about = subject(first.kind, [quantity.name for quantity in quantities])
+    names = [quantity.name for quantity in quantities]
+    about = subject(first.kind, names, first.trained > 0)
     slopes = [quantity.slope for quantity in quantities if quantity.slope is not None]
     if not slopes:
         return f"{about}: {first.cause}"
     if first.kind == "eps_share":
         text = f"eps takes up to {max(slopes):.0%} off the {about}, right is at most "
         text += f"{first.warn:.0%}"
+    elif first.kind.startswith("overflow"):
+        text = f"up to {max(slopes):.1%} of the entries of the {about} leave FP8's range, over what"
+        text += f" does in the smallest models, right is at most {first.warn:.1%}"
     else:
         verb = "scales" if about.startswith(("the ", "what ")) else "scale"
         most = "" if first.two_sided else "at most "
@@ -128,15 +148,13 @@ def table(quantities: Sequence[Quantity]) -> list[str]:
         if not curves:
             continue
         worst = max(curves, key=lambda q: (SEVERITY.index(q.verdict), excess(q)))
-        label = SUBJECTS[kind].replace(" of {}", "").replace("{}", "logits")
-        if kind == "eps_share":
-            label = "share of the steps that eps takes"
+        name = label(kind, worst.trained > 0)
         if worst.slope is None or worst.low is None or worst.high is None:
             slope = "none"
         else:
             slope = f"{worst.slope:+.2f} [{worst.low:+.2f}, {worst.high:+.2f}]"
-        right = f"{'' if worst.two_sided else '≤ '}{worst.expected:+.1f}"
-        lines.append(f"  {label:<38}{len(curves):>7}  {slope:<30}{right:>7}  {worst.verdict}")
+        right = f"{'' if worst.two_sided else '≤ '}{worst.expected + 0.0:+.1f}"
+        lines.append(f"  {name:<38}{len(curves):>7}  {slope:<30}{right:>7}  {worst.verdict}")
     return lines
 
 
@@ -145,5 +163,39 @@ def excess(quantity: Quantity) -> float:
     if quantity.slope is None:
         return float("inf")
     deviation = quantity.slope - quantity.expected
-    limit = quantity.fail if deviation > 0 else quantity.fail_below
-    return abs(deviation) / limit if limit else 0.0
+    warn, fail = quantity.warn, quantity.fail
+    if deviation <= 0:
+        if quantity.warn_below is None or quantity.fail_below is None:
+            return 0.0
+        warn, fail = quantity.warn_below, quantity.fail_below
+    return abs(deviation) / (fail if math.isfinite(fail) else warn)
+
+
+def drift_table(drifts: Sequence[Drift]) -> list[str]:
+    """One line per kind: the curve whose slope drifted farthest."""
+    head = f"  {'drift of slopes, farthest curve':<38}{'early':>7}{'late':>8}  drift"
+    lines = [head]
+    for kind in SUBJECTS:
+        curves = [drift for drift in drifts if drift.kind == kind]
+        if not curves:
+            continue
+        far = max(curves, key=lambda drift: abs(drift.drift))
+        change = f"{far.drift:+.2f} [{far.low:+.2f}, {far.high:+.2f}]"
+        named = "{}" in SUBJECTS[kind] and len(curves) > 1
+        several = f"  {join_names([far.name])}" if named else ""
+        lines.append(
+            f"  {label(kind, True):<38}{far.early:>+7.2f}{far.late:>+8.2f}  {change:<22}{several}"
+        )
+    return lines
+
+
+def exceptions_text(exceptions: Iterable[Unjudged], trained: bool = False) -> list[str]:
+    """What is measured and not judged: a line per reason."""
+    by_reason: dict[str, dict[str, list[str]]] = {}
+    for each in exceptions:
+        by_reason.setdefault(each.reason, {}).setdefault(each.kind, []).append(each.name)
+    return [
+        f"  not judged: {'; '.join(subject(k, names, trained) for k, names in kinds.items())}"
+        f" ({reason})"
+        for reason, kinds in by_reason.items()
+    ]

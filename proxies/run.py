@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import rfc8785
@@ -168,7 +168,7 @@ class Runner:
             spec.model, spec.base, spec.params, spec.parametrization, base_width=spec.base_width
         )
         initialize(model, table, seed=spec.seed)
-        optimizers, schedule = Optimizers(model, table), train.schedule
+        optimizers = Optimizers(model, table)
         batches = Batches(
             self.corpus.train, seq_len=train.seq_len, batch_size=train.batch_size, seed=spec.seed
         )
@@ -181,26 +181,19 @@ class Runner:
                 max_tokens=train.heldout_tokens,
             )
         ]
-        decay_start = schedule.decay_start(train.steps)
         evaluations: list[tuple[int, float]] = []
         diverged_at = None
-        for step in range(train.steps):
-            if train.handover and step == decay_start:
-                optimizers.hand_over(train.momentum)
-            optimizers.set_lr(schedule.factor(step, train.steps))
-            loss = loss_of(self._tensor(batches.at(step)))
-            loss.backward()
-            if train.clip_norm is not None:
-                nn.utils.clip_grad_norm_(model.parameters(), train.clip_norm)
-            optimizers.step()
-            optimizers.zero_grad()
-            if step + 1 in train.evaluate_after:
+        steps = train_steps(
+            train, model, optimizers, lambda step: loss_of(self._tensor(batches.at(step)))
+        )
+        for done in steps:
+            if done in train.evaluate_after:
                 value = _mean_loss(loss_of, heldout)
                 if not math.isfinite(value):
-                    diverged_at = step + 1
+                    diverged_at = done
                     break
-                evaluations.append((step + 1, value))
-                if report is not None and report(step + 1, value):
+                evaluations.append((done, value))
+                if report is not None and report(done, value):
                     raise Pruned
         final = None
         if diverged_at is None:
@@ -247,6 +240,38 @@ class Runner:
             loss = torch.compile(model.loss, dynamic=False) if self.compile else model.loss
             self._models[config] = (model, loss)
         return self._models[config]
+
+
+def train_steps(
+    train: TrainConfig,
+    model: nn.Module,
+    optimizers: Optimizers,
+    loss_at: Callable[[int], Tensor],
+) -> Iterator[int]:
+    """Trains a model as a proxy trains, from its first step on; yields the steps done so far.
+
+    Args:
+        train: Schedule, hand-over and clipping.
+        model: The model.
+        optimizers: Its optimizers, fresh.
+        loss_at: Step (0-based) -> the loss of its batch, in nats.
+    """
+    schedule, decay_start = train.schedule, train.schedule.decay_start(train.steps)
+    for step in range(train.steps):
+        if train.handover and step == decay_start:
+            optimizers.hand_over(train.momentum)
+        optimizers.set_lr(schedule.factor(step, train.steps))
+        loss_at(step).backward()
+        clip(model, train.clip_norm)
+        optimizers.step()
+        optimizers.zero_grad()
+        yield step + 1
+
+
+def clip(model: nn.Module, norm: float | None) -> None:
+    """Clips the gradients at this global norm; `None` leaves them."""
+    if norm is not None:
+        nn.utils.clip_grad_norm_(model.parameters(), norm)
 
 
 def _mean_loss(loss_of: Callable[[Tensor], Tensor], batches: list[Tensor]) -> float:

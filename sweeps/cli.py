@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -21,6 +21,8 @@ from sweeps.workspace import Workspace
 Exp = Annotated[str, typer.Argument(metavar="EXP", help="Experiment file, or a shipped name.")]
 Out = Annotated[Path | None, typer.Option(help="Folder in place of runs/<experiment>.")]
 Workers = Annotated[int, typer.Option(min=0, help="Processes that train; 0 = one per core.")]
+Axis = Literal["width", "depth"]  # as in coord_options, which imports torch
+Precision = Literal["fp32", "bf16", "fp8"]
 Compile = Annotated[bool, typer.Option(help="torch.compile each shape once per process.")]
 
 
@@ -38,13 +40,58 @@ def init(
     print(f"wrote {file}; next: mutransfer coord-check {file}")
 
 
-def coord_check(exp: Exp, out: Out = None) -> int:
+def coord_check(
+    exp: Annotated[
+        str | None, typer.Argument(metavar="EXP", help="Experiment file, or a shipped name.")
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Folder in place of runs/<experiment>; with --model, of the results."),
+    ] = None,
+    axis: Annotated[Axis, typer.Option(help="What the models differ in.")] = "width",
+    late: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            metavar="STEPS",
+            help="Check after so many steps of a proxy run; 0 = just before its decay.",
+        ),
+    ] = None,
+    precision: Annotated[Precision, typer.Option(help="What the models compute in.")] = "fp32",
+    model: Annotated[
+        str | None,
+        typer.Option(
+            metavar="PACKAGE.MODULE:FACTORY",
+            help="In place of EXP, a model of your own: (width, seed) -> Trainable.",
+        ),
+    ] = None,
+    widths: Annotated[
+        str | None, typer.Option(metavar="W,W,W", help="With --model: such as 64,128,256.")
+    ] = None,
+    seeds: Annotated[int | None, typer.Option(min=1, help="With --model: per width.")] = None,
+    steps: Annotated[int | None, typer.Option(min=2, help="With --model: optimizer steps.")] = None,
+) -> int:
     """Checks how activations, logits and updates grow with width; exits 1 on FAIL."""
+    if model is not None:
+        given = {
+            "EXP": exp,
+            "--late": late,
+            "--precision": precision if precision != "fp32" else None,
+        }
+        refuse(given, "excluded by --model, whose factory decides this")
+        return check_model(model, widths, out, seeds or 3, steps or 8, axis)
+    refuse({"--widths": widths, "--seeds": seeds, "--steps": steps},
+           "only with --model: an experiment file has its own")  # fmt: skip
+    if exp is None:
+        raise UserError("nothing to check", where="coord-check",
+                        expected="an experiment file, or --model")  # fmt: skip
     from sweeps.coord import run_coord_check
+    from sweeps.coord_options import CoordOptions
 
     workspace = open_workspace(exp, out)
+    options = CoordOptions(axis=axis, late=late, precision=precision)
     with timed() as display:
-        results = run_coord_check(workspace, progress=display)
+        results = run_coord_check(workspace, options, progress=display)
     own = [
         r for name, r in results.items() if name.split()[0] == workspace.experiment.parametrization
     ]
@@ -52,8 +99,35 @@ def coord_check(exp: Exp, out: Out = None) -> int:
         kind = "" if result in own else " (contrast)"
         print(f"\n{name}{kind}\n{result.summary()}")
     verdict = worst(r.verdict for r in own)
-    print(f"\ncoordinate check: {verdict}   -> {workspace.folder('coord-check')}/coord_check.png")
+    picture = workspace.folder("coord-check") / f"coord_check{options.suffix}.png"
+    print(f"\ncoordinate check{options.title}: {verdict}   -> {picture}")
     return int(verdict == "FAIL")
+
+
+def check_model(
+    model: str, widths: str | None, out: Path | None, seeds: int, steps: int, axis: Axis
+) -> int:
+    """The coordinate check of a model of the user's own."""
+    from sweeps.own_model import check_own_model
+
+    with timed() as display:
+        result, folder = check_own_model(
+            model, widths, out, seeds=seeds, steps=steps, axis=axis, progress=display
+        )
+    print(f"\n{model}\n{result.summary()}")
+    print(f"\ncoordinate check: {result.verdict}   -> {folder / 'coord_check.png'}")
+    return int(result.verdict == "FAIL")
+
+
+def refuse(options: Mapping[str, object], why: str) -> None:
+    """Refuses what does not belong to this call.
+
+    Raises:
+        UserError: One of the options was given.
+    """
+    for name, value in options.items():
+        if value is not None:
+            raise UserError(why, where=name, got=value, cure=f"Leave out {name}.")
 
 
 def sweep(

@@ -1,6 +1,8 @@
-"""The coordinate check of an experiment: its decoder at several widths on one fixed batch."""
+"""The coordinate check of an experiment: its decoder at several sizes on one fixed batch."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 
@@ -13,57 +15,103 @@ from mutransfer.progress import Report, part, quiet
 from mutransfer.rules import BaseParams
 from mutransfer.verdict import worst
 from proxies.data import Batches
-from proxies.decoder import Decoder
 from proxies.tables import decoder_table
+from sweeps.coord_options import DEFAULT, CoordOptions, build, loss_in, set_scales, train_until
 from sweeps.sweep import load_sweep
 from sweeps.workspace import Workspace
 
 
 def run_coord_check(
-    workspace: Workspace, *, progress: Report = quiet
+    workspace: Workspace, options: CoordOptions = DEFAULT, *, progress: Report = quiet
 ) -> dict[str, CoordCheckResult]:
     """Runs the check for the experiment's parametrization and for each contrast.
 
     Leaves `coord_check.csv`, `.json` and `.png` in the folder `coord-check`, and a picture
     `coord_check_<optimizer>.png` for a second optimizer. The verdict is the worst of the
-    parametrization's own, one per optimizer; contrasts do not enter it.
+    parametrization's own, one per optimizer; contrasts do not enter it. Any check but the
+    default one puts `options.suffix` behind `coord_check`: `export` reads the default's alone.
+
+    Args:
+        workspace: The experiment's.
+        options: Which check. A late one is made beside an early one of the same models, and
+            says by how much slopes have drifted in between.
+        progress: Takes one line per model.
 
     Returns:
         Results by name: `<parametrization> <optimizer>`, contrasts last.
 
     Raises:
-        UserError: The text is too short, or a width does not fit the target.
+        UserError: The text is too short, a width does not fit the target, or a late check would
+            run into the decay of the learning rate.
     """
     import pandas as pd
 
     from mutransfer.coord_plot import coord_check_figure
 
     e, folder = workspace.experiment, workspace.folder("coord-check")
-    c, params = e.coord_check, _params(workspace, progress)
+    c = e.coord_check
+    late = options.late_steps(e.train, c.steps)
+    params = _params(workspace, progress)
     arms = [(arm, kind) for arm in (e.parametrization, *e.contrast) for kind in c.optimizers]
+    starts = (0, late) if late else (0,)
+    rounds = [(arm, kind, start) for arm, kind in arms for start in starts]
     results: dict[str, CoordCheckResult] = {}
-    for place, (arm, kind) in enumerate(arms):
-        results[f"{arm} {kind}"] = coord_check(
-            _Factory(workspace, params, arm, kind),  # type: ignore[arg-type]
-            c.widths,
+    frames = []
+    for place, (arm, kind, start) in enumerate(rounds):
+        name = f"{arm} {kind}"
+        result = coord_check(
+            CoordFactory(workspace, params, arm, kind, options, start),  # type: ignore[arg-type]
+            c.depths if options.axis == "depth" else c.widths,
             seeds=c.seeds,
             steps=c.steps,
-            progress=part(progress, place / len(arms), (place + 1) / len(arms)),
+            axis=options.axis,
+            progress=part(progress, place / len(rounds), (place + 1) / len(rounds)),
         )
+        frames.append(result.frame.assign(arm=name, trained=start))
+        results[name] = result.since(results[name]) if start else result
     own = [results[f"{e.parametrization} {optimizer}"] for optimizer in c.optimizers]
     verdict = worst(r.verdict for r in own)
-    frames = [result.frame.assign(arm=name) for name, result in results.items()]
-    with atomic_path(folder / "coord_check.csv") as path:
+    stem = f"coord_check{options.suffix}"
+    with atomic_path(folder / f"{stem}.csv") as path:
         pd.concat(frames).to_csv(path, index=False)
     checks = {name: result.to_json() for name, result in results.items()}
-    found = {"checks": checks, "base_hyperparameters": params.model_dump()}
-    workspace.save("coord_check", verdict, found)
+    found = {
+        "checks": checks,
+        "options": {"axis": options.axis, "late": late, "precision": options.precision},
+        "base_hyperparameters": params.model_dump(),
+    }
+    if options == DEFAULT:
+        found["replay"] = _replay(workspace, dict(zip(c.optimizers, own, strict=True)))
+    workspace.save("coord_check", verdict, found, suffix=options.suffix)
     for kind in c.optimizers:
         shown = [results[f"{arm} {kind}"] for arm in (e.parametrization, *e.contrast[:1])]
-        name = "coord_check" if kind == c.optimizers[0] else f"coord_check_{kind}"
+        name = stem if kind == c.optimizers[0] else f"{stem}_{kind}"
         with atomic_path(folder / f"{name}.png") as path:
-            coord_check_figure(*shown).savefig(path, format="png", dpi=150)
+            figure = coord_check_figure(*shown, precision=options.precision)
+            figure.savefig(path, format="png", dpi=150)
     return results
+
+
+def _replay(workspace: Workspace, own: dict[str, CoordCheckResult]) -> dict[str, Any]:
+    """One model of the check, for `mutransfer preflight` to measure again."""
+    values = []
+    for optimizer, result in own.items():
+        one = result.frame.query("width == @result.widths[0] and seed == 0")
+        judged = {(q.kind, q.name, q.t) for q in result.quantities}
+        values += [
+            [optimizer, kind, name, t, value]
+            for kind, name, t, value in zip(
+                one["kind"], one["name"], one["t"].tolist(), one["value"].tolist(), strict=True
+            )
+            if (kind, name, t) in judged
+        ]
+    width = min(workspace.experiment.coord_check.widths)
+    return {
+        "width": width,
+        "seed": 0,
+        "tokens": _batches(workspace).at(0).tolist(),
+        "values": values,
+    }
 
 
 def _params(workspace: Workspace, progress: Report) -> BaseParams:
@@ -78,30 +126,57 @@ def _params(workspace: Workspace, progress: Report) -> BaseParams:
     return params.model_copy(update={"lr": e.coord_check.lr or params.lr})
 
 
-class _Factory:
-    """Builds the decoder of a width, with its optimizers and one batch for all widths."""
+def _batches(workspace: Workspace) -> Batches:
+    """Batch n is what the models of seed n see, at every width."""
+    c = workspace.experiment.coord_check
+    return Batches(workspace.corpus.train, seq_len=c.seq_len, batch_size=c.batch_size, seed=0)
+
+
+class CoordFactory:
+    """Builds the decoder of a size, with its optimizers and one batch for all sizes.
+
+    Args:
+        workspace: The experiment's.
+        params: Base hyperparameters.
+        arm: Name of the rules.
+        optimizer: Of the hidden matrices.
+        options: What a size is, and what models compute in.
+        late: Steps of a proxy run that every model is trained for.
+    """
 
     def __init__(
-        self, workspace: Workspace, params: BaseParams, arm: str, optimizer: Matrix
+        self,
+        workspace: Workspace,
+        params: BaseParams,
+        arm: str,
+        optimizer: Matrix,
+        options: CoordOptions = DEFAULT,
+        late: int = 0,
     ) -> None:
-        e, c = workspace.experiment, workspace.experiment.coord_check
+        e = workspace.experiment
         self._experiment, self._params = e, params
+        self._corpus, self._options, self._late = workspace.corpus, options, late
         self._arm, self._optimizer = arm, optimizer
-        self._batches = Batches(
-            workspace.corpus.train, seq_len=c.seq_len, batch_size=c.batch_size, seed=0
-        )
+        self._batches = _batches(workspace)
 
-    def __call__(self, width: int, seed: int) -> Trainable:
-        e = self._experiment
-        config = e.model_at(width)
+    def __call__(self, size: int, seed: int) -> Trainable:
+        e, precision = self._experiment, self._options.precision
+        deep = self._options.axis == "depth"
+        config = e.model_at(e.proxy.d_model, size) if deep else e.model_at(size)
         table = decoder_table(config, e.base, self._params, self._arm, base_width=e.base_width)
-        model = Decoder(config)
+        model = build(config, precision)
         initialize(model, table, seed=seed)
+        optimizers, loss_of = Optimizers(model, table, self._optimizer), loss_in(model, precision)
         batch = torch.from_numpy(self._batches.at(seed))
+        if precision == "fp8":
+            set_scales(loss_of, batch, optimizers)
+        if self._late:
+            train_until(self._late, e.train, model, optimizers, loss_of, self._corpus, seed)
         return Trainable(
             model=model,
-            optimizer=Optimizers(model, table, self._optimizer),
-            loss=lambda: model.loss(batch),
+            optimizer=optimizers,
+            loss=lambda: loss_of(batch),
             table=table,
             tokens=batch[:, :-1],
+            trained=self._late,
         )

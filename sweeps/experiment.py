@@ -30,13 +30,16 @@ SHIPPED = Path(__file__).parent / "experiments"
 _RECORD = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
-def _distinct(widths: tuple[int, ...]) -> tuple[int, ...]:
-    if twice := [width for width in widths if widths.count(width) > 1]:
-        raise ValueError(f"every width once, please; got {twice[0]} more than once")
-    return widths
+def _distinct(sizes: tuple[int, ...]) -> tuple[int, ...]:
+    if twice := [size for size in sizes if sizes.count(size) > 1]:
+        raise ValueError(f"every one once, please; got {twice[0]} more than once")
+    return sizes
 
 
 Widths = Annotated[tuple[int, ...], AfterValidator(_distinct)]
+Depths = Annotated[
+    tuple[Annotated[int, Field(ge=1, le=4096)], ...], AfterValidator(_distinct)
+]  # the same bounds as DecoderConfig.n_layers
 
 
 class ProxyConfig(BaseModel):
@@ -99,6 +102,9 @@ class CoordCheckConfig(BaseModel):
 
     model_config = _RECORD
     widths: Widths = Field((32, 64, 128, 256), min_length=3, description="d_model")
+    depths: Depths = Field(
+        (2, 4, 8, 16), min_length=3, description="n_layers of --axis depth, at the proxy's width"
+    )
     seeds: int = Field(3, ge=1, le=100)
     steps: int = Field(8, ge=2, le=10000, description="optimizer steps on one fixed batch")
     batch_size: int = Field(8, ge=1, description="sequences")
@@ -215,9 +221,9 @@ class Experiment(BaseModel):
         """Width at which m = 1."""
         return self.proxy.base_width or self.proxy.d_model
 
-    def model_at(self, d_model: int) -> DecoderConfig:
-        """The target narrowed (or widened) to `d_model`, at the proxy's depth."""
-        return self.target.narrow(d_model, n_layers=self.proxy.n_layers)
+    def model_at(self, d_model: int, n_layers: int | None = None) -> DecoderConfig:
+        """The target narrowed (or widened) to `d_model`, at the proxy's depth or another one."""
+        return self.target.narrow(d_model, n_layers=n_layers or self.proxy.n_layers)
 
     @property
     def canonical(self) -> dict[str, Any]:

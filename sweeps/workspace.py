@@ -81,9 +81,14 @@ class Workspace:
             data=self.corpus.fingerprint,
         )
 
-    def save(self, command: str, verdict: str, result: Mapping[str, Any]) -> Path:
-        """Writes `<command>/<command>.json` with the experiment that it belongs to."""
-        path = self._path(command)
+    def save(
+        self, command: str, verdict: str, result: Mapping[str, Any], *, suffix: str = ""
+    ) -> Path:
+        """Writes `<command>/<command><suffix>.json` with the experiment that it belongs to.
+
+        Only what has no suffix is read again, by `load`.
+        """
+        path = self._path(command).with_name(f"{command}{suffix}.json")
         write_json(
             path,
             {

@@ -16,7 +16,7 @@ from mutransfer.coord_expect import Ladder, Thresholds
 from mutransfer.coord_measure import later_updates
 from mutransfer.coord_verdict import DAMPED, Quantity, damping, judge
 from mutransfer.rules import BaseParams
-from mutransfer.table import Table
+from mutransfer.table import Row
 
 
 class Net(nn.Module):
@@ -38,11 +38,12 @@ def model() -> Net:
     return Net()
 
 
-def make_table(model: Net) -> Table:
-    return parametrize(
+def make_rows(model: Net) -> dict[str, Row]:
+    table = parametrize(
         model, Net(), BaseParams(), "mup",
         role=lambda name, shape: "embedding" if name == "embedding.weight" else "hidden",
     )  # fmt: skip
+    return table.resolve(model)
 
 
 @pytest.mark.parametrize("steps", [1, 3])
@@ -55,19 +56,38 @@ def test_eps_over_the_median_root_of_the_second_moment(model: Net, steps: int) -
             parameter.grad = torch.full_like(parameter, -0.5)
         model.embedding.weight.grad = gradient.clone()
         optimizer.step()
-    found = eps_shares(optimizer, model, make_table(model))
+    found = eps_shares(optimizer, model, make_rows(model))
     assert found["eps_share", "embedding.weight"] == pytest.approx(1e-3 / 9, rel=1e-4)
     layers = [value for (_, name), value in found.items() if name.startswith("layers")]
     assert layers == pytest.approx([2e-3] * len(layers), rel=1e-4)
     assert layers
 
 
+@pytest.mark.parametrize("alive", [1, 2, 7, 18])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_median_is_torch_s_of_the_entries_that_have_a_gradient(
+    model: Net, alive: int, dtype: torch.dtype
+) -> None:
+    """Where some entries never had one, and where some are no number."""
+    weight = model.embedding.weight
+    draw = torch.rand(18, generator=torch.Generator().manual_seed(alive)).to(dtype)
+    second = torch.zeros(18, dtype=dtype)
+    second[torch.randperm(18, generator=torch.Generator().manual_seed(1))[:alive]] = draw[:alive]
+    if alive < 18:
+        second[second == 0] = torch.tensor([math.nan, *[0.0] * (17 - alive)], dtype=dtype)
+    optimizer = torch.optim.AdamW([weight], eps=1e-3, betas=(0.9, 0.5))
+    optimizer.state[weight] = {"exp_avg_sq": second.view(3, 6), "step": torch.tensor(1.0)}
+    found = eps_shares(optimizer, model, make_rows(model))
+    median = float(second[second > 0].median()) / 0.5
+    assert found["eps_share", "embedding.weight"] == pytest.approx(1e-3 / math.sqrt(median))
+
+
 def test_no_gradient_so_far_is_infinite_and_no_state_is_left_out(model: Net) -> None:
     optimizer = torch.optim.AdamW(model.parameters())
-    assert eps_shares(optimizer, model, make_table(model)) == {}
+    assert eps_shares(optimizer, model, make_rows(model)) == {}
     model.embedding.weight.grad = torch.zeros_like(model.embedding.weight)
     optimizer.step()
-    found = eps_shares(optimizer, model, make_table(model))
+    found = eps_shares(optimizer, model, make_rows(model))
     assert found == {("eps_share", "embedding.weight"): math.inf}
 
 
@@ -82,16 +102,16 @@ def test_optimizers_inside_another_are_found_and_muon_has_no_eps(model: Net) -> 
         parameter.grad = torch.ones_like(parameter)
     both.aux.step()
     both.matrix.step()
-    names = {name for _, name in eps_shares(both, model, make_table(model))}
+    names = {name for _, name in eps_shares(both, model, make_rows(model))}
     assert names == {"embedding.weight"}
-    assert eps_shares(object(), model, make_table(model)) == {}
+    assert eps_shares(object(), model, make_rows(model)) == {}
 
 
 @torch.no_grad()
 def test_alignment_is_one_along_one_direction_and_small_across(model: Net) -> None:
-    table, tokens = make_table(model), torch.tensor([[0, 1]])
+    rows, tokens = make_rows(model), torch.tensor([[0, 1]])
     first = {fqn: p.clone() for fqn, p in model.named_parameters()}
-    watcher = Alignment(model, first, table)
+    watcher = Alignment(model, first, rows)
     with watcher.watch() as values:
         model(tokens)
     assert values == {}  # nothing has moved
@@ -114,7 +134,7 @@ def test_later_updates_are_the_farthest_entry(model: Net) -> None:
     second = {fqn: p.clone() for fqn, p in model.named_parameters()}
     model.embedding.weight[1, 2] -= 0.75
     model.embedding.weight[0, 0] += 0.5
-    found = later_updates(model, second, make_table(model))
+    found = later_updates(model, second, make_rows(model))
     assert found["later_update", "embedding.weight"] == pytest.approx(0.75)
     assert {value for (_, name), value in found.items() if name.startswith("layers")} == {0.0}
 

@@ -14,6 +14,7 @@ from mutransfer.coord_expect import (
     Tolerance,
     expectation,
 )
+from mutransfer.coord_late import is_share
 from mutransfer.coord_text import SUBJECTS
 from mutransfer.roles import Role
 
@@ -158,8 +159,9 @@ def test_the_reference_s_tolerances_are_the_defaults() -> None:
     assert Tolerance(warn=0.08, fail=0.15) == LIMITS.init
     assert Tolerance(warn=0.15, fail=0.25) == LIMITS.change
     assert LIMITS.update.warn == 0.1
-    tolerances = [getattr(LIMITS, each.name) for each in fields(LIMITS) if each.name != "product"]
-    assert all(0 < tolerance.warn < tolerance.fail for tolerance in tolerances)
+    tolerances = [getattr(LIMITS, each.name) for each in fields(LIMITS)]
+    assert all(0 < t.warn < t.fail for t in tolerances if isinstance(t, Tolerance))
+    assert sum(isinstance(t, Tolerance) for t in tolerances) == len(tolerances) - 2
 
 
 @pytest.mark.parametrize(("kind", "name"), UNJUDGED)
@@ -191,7 +193,8 @@ def test_every_judged_side_has_a_cause_of_its_own() -> None:
              "update_norm": ["layers.*.q.weight", "layers.*.o.weight"],
              "logits": ["self-token logits", "other-token logits"], "loss": ["loss"]}  # fmt: skip
     for optimizer in ("adamw", "muon"):
-        for kind in SUBJECTS.keys() - {"branch", "delta_branch", "eps_share"}:
+        shares = {kind for kind in SUBJECTS if is_share(kind)}
+        for kind in SUBJECTS.keys() - {"branch", "delta_branch"} - shares:
             for name in names.get(kind, ["layers.*.q"]):
                 if (optimizer, kind) == ("muon", "later_update") and LADDER.roles[name].startswith(
                     "hidden"
