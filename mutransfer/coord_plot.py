@@ -42,6 +42,10 @@ PANELS = {
 LATE_PANELS = PANELS | {"weight": "weights\n(RMS)"}
 """The same where models were trained before the check: what is left of the init shows."""
 
+OVERFLOW = "out of FP8's\nrange (share)"
+LINEAR = (PANELS["loss"], OVERFLOW)
+"""Panels that show plain values and no slopes."""
+
 COLOURS = {"PASS": "#1a7f37", "WARN": "#b35900", "FAIL": "#c4162a"}
 LINES = ("embedding", "q", "k", "v", "o", "gate", "up", "down", "norm", "block's share")
 """Curves with a colour of their own, by what their name contains; any other is black."""
@@ -53,13 +57,17 @@ def coord_check_data(result: CoordCheckResult) -> pd.DataFrame:
     Returns:
         Columns panel, kind, name, label, width; mid, low, high (geometric mean and extremes
         over seeds, relative to the narrowest width and to the right power of the width; plain
-        nats for the loss); slope_low, slope_high (what passes, infinite where not judged);
-        verdict (empty for the loss after training). Curves without a slope are left out.
+        nats for the loss, plain shares for FP8's overflow); slope_low, slope_high (what passes,
+        infinite where not judged); verdict (empty for the loss after training). Curves without
+        a slope are left out.
     """
     rows = []
     panels = _panels(result)
     for q in result.quantities:
         if q.kind not in panels or q.slope is None or q.kind == "loss":
+            continue
+        if q.kind.startswith("overflow"):
+            rows += _overflow(q, result.frame)
             continue
         points = _points(result.frame, q.kind, q.name, q.times)
         points -= points.loc[min(result.widths)].mean()
@@ -84,8 +92,24 @@ def _points(frame: pd.DataFrame, kind: str, name: str, times: tuple[int, ...]) -
     return log.groupby([found["width"], found["seed"]]).mean()
 
 
+def _overflow(q: Quantity, frame: pd.DataFrame) -> list[dict[str, Any]]:
+    """The share that FP8 casts clamp at its worst step, where any model has any."""
+    found = frame[(frame["kind"] == q.kind) & (frame["name"] == q.name)]
+    shares: Any = found.groupby(["width", "seed"])["value"].max().groupby(level="width")
+    fixed = {"panel": OVERFLOW, "kind": q.kind, "name": q.name, "label": _label(q),
+             "slope_low": -np.inf, "slope_high": np.inf, "verdict": q.verdict}  # fmt: skip
+    ends = zip(shares.groups, shares.mean(), shares.min(), shares.max(), strict=True)
+    return [
+        fixed | {"width": float(width), "mid": mid, "low": low, "high": high}
+        for width, mid, low, high in ends
+        if found["value"].any()
+    ]
+
+
 def _panels(result: CoordCheckResult) -> dict[str, str]:
-    return LATE_PANELS if result.trained else PANELS
+    panels = LATE_PANELS if result.trained else PANELS
+    overflow = {q.kind: OVERFLOW for q in result.quantities if q.kind.startswith("overflow")}
+    return panels | overflow
 
 
 def _rows(q: Quantity, panel: str, label: str, points: Any) -> list[dict[str, Any]]:
@@ -188,22 +212,23 @@ def _panel(axis: Axes, panel: str, result: CoordCheckResult, frame: pd.DataFrame
     verdicts = [q.verdict for q in result.quantities if _panels(result).get(q.kind) == panel]
     verdict = max(verdicts, key=SEVERITY.index, default="")
     title = panel
-    if result.trained:  # one panel more, so that each is narrower
-        for long, short in (("\nat init", ""), ("n logits", "n\nlogits"), ("operator ", "")):
-            title = title.replace(long, short)
+    if len(set(_panels(result).values())) > 7:  # each is narrower
+        title = title.replace("n logits", "n\nlogits").replace("operator ", "")
+    if result.trained:
+        title = title.replace("\nat init", "")
     axis.set_title(title, fontsize=12, loc="left")
     axis.set_xscale("log", base=2)
     axis.set_xticks(result.widths, [str(width) for width in result.widths], fontsize=10)
     axis.minorticks_off()
     axis.set_xlabel(result.axis, fontsize=11)
-    if panel != PANELS["loss"]:
+    if panel not in LINEAR:
         axis.set_yscale("log", base=2)
     for (kind, name, label), curve in frame.groupby(["kind", "name", "label"], sort=False):
         style = _style(str(kind), str(name), str(label), panel)
         axis.plot(curve["width"], curve["mid"], marker="o", markersize=4, lw=1.8, **style)
         axis.fill_between(curve["width"], curve["low"], curve["high"], alpha=0.12, lw=0,
                           color=style["color"])  # fmt: skip
-    if panel != PANELS["loss"]:
+    if panel not in LINEAR:
         _fan(axis, result.widths, frame)
     if len(frame) and panel in (PANELS["logits"], PANELS["attention_logits"], PANELS["loss"]):
         axis.legend(fontsize=9, frameon=False, loc="upper left")

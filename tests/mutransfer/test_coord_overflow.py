@@ -13,6 +13,7 @@ from mutransfer.apply import initialize
 from mutransfer.coord_check import CoordCheckResult, Trainable, coord_check
 from mutransfer.coord_expect import Ladder, Thresholds
 from mutransfer.coord_overflow import excess_over_smallest, fp8_values
+from mutransfer.coord_plot import OVERFLOW, coord_check_data, coord_check_figure
 from mutransfer.coord_verdict import Quantity, judge
 from mutransfer.optimizers import Optimizers
 from mutransfer.rules import BaseParams
@@ -196,3 +197,18 @@ def test_without_scales_values_overflow_that_grow_with_the_width() -> None:
     assert overflows(result) == {("overflow_inputs", name): "FAIL"}
     assert by_width(result, name)[:2] == [0, 0]
     assert by_width(result, name)[-1] > 0.03
+    drawn = coord_check_data(result)
+    curve = drawn[(drawn["panel"] == OVERFLOW) & (drawn["label"] == "down")]
+    assert list(curve["width"]) == [32, 64, 128, 256]
+    assert list(curve["high"]) == pytest.approx(by_width(result, name))
+    assert set(curve["verdict"]) == {"FAIL"}
+    (panel,) = [
+        axis for axis in coord_check_figure(result).axes if axis.get_title(loc="left") == OVERFLOW
+    ]
+    assert panel.get_yscale() == "linear"
+    assert panel.get_title(loc="right") == "FAIL"
+
+
+def test_models_without_fp8_have_no_panel_for_it() -> None:
+    drawn = coord_check_data(check(Plain(), widths=(32, 64, 128)))
+    assert OVERFLOW not in set(drawn["panel"])
