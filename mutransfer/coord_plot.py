@@ -48,7 +48,7 @@ LINEAR = (PANELS["loss"], OVERFLOW)
 
 COLOURS = {"PASS": "#1a7f37", "WARN": "#b35900", "FAIL": "#c4162a"}
 LINES = ("embedding", "q", "k", "v", "o", "gate", "up", "down", "norm", "block's share")
-"""Curves with a colour of their own, by what their name contains; any other is black."""
+"""Curves with a colour of their own, by their name; other models' get what is left."""
 
 
 def coord_check_data(result: CoordCheckResult) -> pd.DataFrame:
@@ -146,7 +146,8 @@ def _label(q: Quantity) -> str:
         text = words.get(q.kind, f"{q.name.removesuffix(' logits')} at init")
         return text.replace("at init", "size") if q.trained else text
     parts = [part for part in q.name.split(".") if part not in ("layers", "*", "weight")]
-    return parts[-1]
+    last = parts[-1].removesuffix("_proj")  # Llama's names
+    return "norm" if last.endswith("norm") else last
 
 
 def coord_check_figure(
@@ -162,9 +163,11 @@ def coord_check_figure(
     from matplotlib.figure import Figure
 
     results = [result] if contrast is None else [result, contrast]
-    panels = list(dict.fromkeys(_panels(result).values()))
-    columns = 4 if contrast is None else len(panels)
     data = [coord_check_data(each) for each in results]
+    drawn = {panel for frame in data for panel in frame["panel"]}
+    panels = [p for p in dict.fromkeys(_panels(result).values()) if p in drawn]
+    columns = 4 if contrast is None else len(panels)
+    colours = _colours(data)
     figure = Figure(figsize=(18, 10), dpi=100, layout="constrained")
     head = 0.15 if contrast is not None else 0.08
     bands: Any = figure.subfigures(2 * len(results) + 1, 1,
@@ -176,7 +179,7 @@ def coord_check_figure(
         grid = band.subplots(-(-len(panels) // columns), columns, squeeze=False).flatten()
         axes.append(list(grid[: len(panels)]))
         for axis, panel in zip(axes[-1], panels, strict=True):
-            _panel(axis, panel, each, frame[frame["panel"] == panel])
+            _panel(axis, panel, each, frame[frame["panel"] == panel], colours)
         for axis in grid[::columns][: -(-len(panels) // columns)]:
             smallest = "narrowest" if each.axis == "width" else "shallowest"
             axis.set_ylabel(f"size over the right size\n({smallest} = 1)", fontsize=11)
@@ -186,7 +189,7 @@ def coord_check_figure(
             spare.text(0, 1, "\n\n".join(told), va="top", fontsize=11, in_layout=False)
     for column in zip(*axes, strict=True):
         _same_scale(column)
-    _legend(bands[-1], data)
+    _legend(bands[-1], colours)
     return figure
 
 
@@ -208,7 +211,9 @@ def _headline(band: Any, result: CoordCheckResult, precision: str) -> None:
     band.text(0.01, 0.16, reason, fontsize=12, va="center")
 
 
-def _panel(axis: Axes, panel: str, result: CoordCheckResult, frame: pd.DataFrame) -> None:
+def _panel(
+    axis: Axes, panel: str, result: CoordCheckResult, frame: pd.DataFrame, colours: dict[str, Any]
+) -> None:
     verdicts = [q.verdict for q in result.quantities if _panels(result).get(q.kind) == panel]
     verdict = max(verdicts, key=SEVERITY.index, default="")
     title = panel
@@ -223,8 +228,8 @@ def _panel(axis: Axes, panel: str, result: CoordCheckResult, frame: pd.DataFrame
     axis.set_xlabel(result.axis, fontsize=11)
     if panel not in LINEAR:
         axis.set_yscale("log", base=2)
-    for (kind, name, label), curve in frame.groupby(["kind", "name", "label"], sort=False):
-        style = _style(str(kind), str(name), str(label), panel)
+    for (_, _, label), curve in frame.groupby(["kind", "name", "label"], sort=False):
+        style = _style(str(label), panel, colours)
         axis.plot(curve["width"], curve["mid"], marker="o", markersize=4, lw=1.8, **style)
         axis.fill_between(curve["width"], curve["low"], curve["high"], alpha=0.12, lw=0,
                           color=style["color"])  # fmt: skip
@@ -258,7 +263,25 @@ def _fan(axis: Axes, widths: tuple[int, ...], frame: pd.DataFrame) -> None:
     axis.set_ylim(min(limits[0], relative[1] ** -0.1), max(limits[1], top[1]))
 
 
-def _style(kind: str, name: str, label: str, panel: str) -> dict[str, Any]:
+def _colours(data: list[pd.DataFrame]) -> dict[str, Any]:
+    """Colour by label of all curves that have one in every panel, in the legend's order."""
+    from matplotlib import colormaps
+
+    own = (*LINEAR[:1], PANELS["logits"], PANELS["attention_logits"])
+    found = [label for frame in data for label in frame[~frame["panel"].isin(own)]["label"]]
+    labels = dict.fromkeys(map(str, found))
+    colours = {
+        line: colormaps["tab10"](index) for index, line in enumerate(LINES) if line in labels
+    }
+    others = [label for label in labels if label not in LINES and label != "residual stream"]
+    strong = [colormaps["tab10"](index) for index in range(10)]
+    spare = [colour for colour in strong if colour not in colours.values()]
+    spare += [colormaps["tab20"](2 * index + 1) for index in range(10)]
+    colours |= {label: spare[index % len(spare)] for index, label in enumerate(others)}
+    return colours | {"residual stream": "black"} if "residual stream" in labels else colours
+
+
+def _style(label: str, panel: str, colours: dict[str, Any]) -> dict[str, Any]:
     """Colour by module, the same in every panel; shades of one colour for steps of the loss."""
     from matplotlib import colormaps
 
@@ -270,10 +293,7 @@ def _style(kind: str, name: str, label: str, panel: str) -> dict[str, Any]:
         usual = label.replace("size", "at init")
         index = order.index(usual) if usual in order else 0
         return {"color": colormaps["Dark2"]((0, 1, 0, 2)[index]), "label": label}
-    for index, line in enumerate(LINES):
-        if label == line or (line == "norm" and label.endswith("norm")):
-            return {"color": colormaps["tab10"](index)}
-    return {"color": "black"}
+    return {"color": colours[label]}
 
 
 def _same_scale(column: tuple[Axes, ...]) -> None:
@@ -287,17 +307,12 @@ def _same_scale(column: tuple[Axes, ...]) -> None:
             axis.set_ylim(low, high + 0.4 * (high - low))  # room for the legend
 
 
-def _legend(band: Any, data: list[pd.DataFrame]) -> None:
+def _legend(band: Any, colours: dict[str, Any]) -> None:
     from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
 
-    labels = dict.fromkeys(str(label) for frame in data for label in frame["label"])
-    shown = [line for line in LINES if line in labels or line == "norm"]
-    others = [label for label in labels if label == "residual stream"]
-    colours = [_style("", "", label, "")["color"] for label in (*shown, *others)]
     handles: list[Any] = [
-        Line2D([], [], color=colour, lw=2.5, label=label)
-        for label, colour in zip((*shown, *others), colours, strict=True)
+        Line2D([], [], color=colour, lw=2.5, label=label) for label, colour in colours.items()
     ]
     handles.append(Line2D([], [], color="black", ls="--", label="right"))
     handles.append(Patch(color=COLOURS["PASS"], alpha=0.15, label="slopes that pass"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from io import BytesIO
 from typing import Any
 
@@ -276,10 +277,34 @@ def test_figure_of_a_model_without_attention() -> None:
     skipped = ("residual", "delta_residual", "attention_logits", "delta_attention_logits")
     figure = coord_check_figure(make_result(skip=skipped))
     save(figure)
-    axes = panels(figure)
-    (empty,) = [axis for axis in axes if axis.get_title(loc="left") == PANELS["attention_logits"]]
-    assert empty.get_title(loc="right") == ""
-    assert not [line for line in empty.lines if line.get_marker() == "o"]
+    titles = [axis.get_title(loc="left") for axis in panels(figure)]
+    assert PANELS["attention_logits"] not in titles
+    assert PANELS["logits"] in titles
+
+
+def test_curves_of_any_model_are_named_in_the_legend_in_colours_of_their_own() -> None:
+    def renamed(name: str) -> str:
+        return name.replace("layers.*.q", "blocks.*.mix_proj")
+
+    result = make_result()
+    foreign = replace(
+        result,
+        frame=result.frame.assign(name=result.frame["name"].map(renamed)),
+        quantities=tuple(replace(q, name=renamed(q.name)) for q in result.quantities),
+    )
+    figure = coord_check_figure(foreign)
+    save(figure)
+    (legend,) = figure.subfigs[-1].legends
+    colours = {
+        text.get_text(): handle.get_color()  # type: ignore[attr-defined]
+        for text, handle in zip(legend.get_texts(), legend.legend_handles, strict=True)
+        if text.get_text() not in ("right", "slopes that pass")
+    }
+    assert colours.keys() == {"embedding", "mix", "o", "norm", "residual stream"}
+    assert len(set(map(str, colours.values()))) == len(colours)
+    activations = panels(figure)[0]
+    drawn = {str(line.get_color()) for line in activations.lines if line.get_marker() == "o"}
+    assert str(colours["mix"]) in drawn
 
 
 @pytest.mark.parametrize("bad", [math.inf, math.nan, 0.0])
