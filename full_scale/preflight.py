@@ -13,12 +13,12 @@ from torch import Tensor
 
 from mutransfer.apply import initialize
 from mutransfer.bundle import Bundle
-from mutransfer.bundle_evidence import CoordCheck, Replay
+from mutransfer.bundle_evidence import Replay
 from mutransfer.coord_check import Trainable
 from mutransfer.errors import UserError
 from mutransfer.files import atomic_path, write_json
 from mutransfer.optimizers import Matrix, Optimizers
-from mutransfer.preflight import hold_replay, hold_target
+from mutransfer.preflight import hold_replay, hold_target, sizes
 from mutransfer.preflight_result import Held, PreflightResult
 from mutransfer.progress import Report, part, quiet
 from mutransfer.schema import parse
@@ -31,6 +31,8 @@ SEQUENCES, TOKENS = 1, 64
 """The batch: of the target and of the narrow models that it is held against."""
 
 _REPLAY_SHARE = 0.05
+_BYTES: dict[Precision, int] = {"bf16": 15, "fp32": 30}
+"""Peak memory per parameter of the target; 15.1 measured on 1.35B in bf16."""
 
 
 def run_preflight(
@@ -43,9 +45,9 @@ def run_preflight(
 ) -> PreflightResult:
     """Replays the narrowest model of the coordinate check, then trains the target for `steps`.
 
-    The target and the two narrowest widths of the check, at the target's depth, have `precision`
-    weights, moments and passes (gains stay fp32: near 1, a bf16 step of 2^-8 is a learning
-    rate) and see one batch of 1 x 64 tokens. Peak memory is about 6 times the target's weights.
+    The target and the two narrowest widths of the check, at the target's depth, see one batch of
+    at most 1 x 64 tokens. In bf16 weights, moments and passes are bf16 and gains fp32: a trainer
+    with fp32 weights takes twice the memory. Peak memory is about 7 times the target's weights.
 
     Args:
         bundle: Verified already.
@@ -55,12 +57,16 @@ def run_preflight(
         progress: Takes one line per model.
 
     Raises:
-        UserError: The bundle has no replay or not the decoder as its target, or the target is
-            no wider than two of the checked widths.
+        UserError: The bundle has no replay, or one that is not of this target; it has not the
+            decoder as its target; the target is no wider than two of the checked widths, does
+            not fit into memory, or has learning rates that bf16 rounds away.
     """
     target = parse(DecoderConfig, bundle.target.config, "bundle: target.config")
-    check, replay = _evidence(bundle)
-    held = _replay(bundle, check, replay, part(progress, 0.0, _REPLAY_SHARE))
+    widths, replay = _evidence(bundle, target)
+    if precision == "bf16":
+        _require_resolution(bundle)
+    _require_memory(target, precision)
+    held = _replay(bundle, replay, part(progress, 0.0, _REPLAY_SHARE))
     batch = torch.tensor(replay.tokens)[:SEQUENCES, : TOKENS + 1]
 
     def factory(width: int, seed: int) -> Trainable:
@@ -69,13 +75,13 @@ def run_preflight(
         return _trainable(config, table, seed, batch, precision=precision)
 
     found, symbolic, optimizer = hold_target(
-        factory, sorted(check.widths)[:2], target.d_model, seeds=seeds, steps=steps,
+        factory, widths, target.d_model, seeds=seeds, steps=steps,
         progress=part(progress, _REPLAY_SHARE, 1.0),
     )  # fmt: skip
     return PreflightResult(
         optimizer=optimizer,
         precision=precision,
-        widths=tuple(sorted(check.widths)[:2]),
+        widths=widths,
         target=target.d_model,
         replayed=replay.width,
         seeds=seeds,
@@ -95,36 +101,77 @@ def write_preflight(result: PreflightResult, folder: Path, bundle: Bundle) -> No
         preflight_figure(result).savefig(path, format="png")
 
 
-def _evidence(bundle: Bundle) -> tuple[CoordCheck, Replay]:
-    check = bundle.evidence.coord_check if bundle.evidence else None
-    if check is None or check.replay is None:
+def _evidence(bundle: Bundle, target: DecoderConfig) -> tuple[tuple[int, int], Replay]:
+    """The two narrow widths and the replay, once they are what a check of this target records."""
+    where, check = "evidence.coord_check", bundle.evidence and bundle.evidence.coord_check
+    if not check or check.replay is None:
         raise UserError(
-            "the bundle has no coordinate check at its own hyperparameters",
-            where="evidence.coord_check.replay", got="none",
+            "the bundle has no coordinate check at its own hyperparameters to replay",
+            where=f"{where}.replay", got="none",
             cure="Run `mutransfer coord-check` after the sweep (without coord_check.lr), and "
             "export again.",
         )  # fmt: skip
-    return check, check.replay
-
-
-def _replay(
-    bundle: Bundle, check: CoordCheck, replay: Replay, progress: Report
-) -> tuple[Held, ...]:
-    """The check's narrowest model once more, under each of its optimizers, in fp32."""
+    replay, widths = check.replay, sorted(set(check.widths))[:2]
+    lengths, ids = {len(row) for row in replay.tokens}, [i for row in replay.tokens for i in row]
     layers = parse(DecoderConfig, bundle.base.config, "bundle: base.config").n_layers
-    config = parse(DecoderConfig, bundle.target.config, "bundle: target.config")
-    config = config.narrow(replay.width, layers)
+    for what, right, got, expected in (
+        ("widths", len(widths) == 2 and widths[-1] < target.d_model, list(check.widths),
+         f"two widths at least below the target's {target.d_model}"),
+        ("replay.width", [replay.width] == widths[:1], replay.width, f"the narrowest of {widths}"),
+        ("replay.n_layers", replay.n_layers == layers, replay.n_layers, f"{layers}, the base's"),
+        ("replay.tokens", len(lengths) == 1 and min(lengths) >= 2, f"rows of {sorted(lengths)}",
+         "rows of one length of at least 2"),
+        ("replay.tokens", max(lengths) <= target.max_seq_len + 1 and len(ids) <= 2**20,
+         f"{len(ids)} ids, {max(lengths)} in a row", f"at most {target.max_seq_len + 1} in a row"),
+        ("replay.tokens", not ids or 0 <= min(ids) <= max(ids) < target.vocab_size,
+         "ids beyond the vocabulary", f"0 … {target.vocab_size - 1}"),
+    ):  # fmt: skip
+        if not right:
+            raise UserError("no check that this target can be held against",
+                            where=f"{where}.{what}", got=got, expected=expected,
+                            cure="Check narrower widths than the target, and export again."
+                            if what == "widths" else None)  # fmt: skip
+    return (widths[0], widths[1]), replay
+
+
+def _require_resolution(bundle: Bundle) -> None:
+    """Refuses learning rates that bf16 rounds away: its numbers are 2^-8 apart, relatively."""
+    for row in bundle.table.rows:
+        lr = row.optimizers.adamw.lr
+        if len(row.shape) > 1 and lr < 2**-7 * row.init_std:
+            raise UserError("updates would be lost in bf16's rounding", where=row.pattern,
+                            got=f"learning rate {lr:.3g} at init std {row.init_std:.3g}",
+                            expected="a ratio of at least 1/128",
+                            cure="Use --precision fp32.")  # fmt: skip
+
+
+def _require_memory(target: DecoderConfig, precision: Precision) -> None:
+    """Refuses a target that the machine cannot hold, where the system tells (Linux)."""
+    needed = target.n_parameters * _BYTES[precision]
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return
+    free = 1024 * int(next(line.split()[1] for line in lines if line.startswith("MemAvailable")))
+    if needed > free:
+        raise UserError("not enough memory for the target", where=f"{target.n_parameters:,} "
+                        f"parameters in {precision}", got=f"{free / 2**30:.1f} GiB",
+                        expected=f"{needed / 2**30:.1f} GiB")  # fmt: skip
+
+
+def _replay(bundle: Bundle, replay: Replay, progress: Report) -> tuple[Held, ...]:
+    """The check's narrowest model once more, under each optimizer, in fp32."""
+    target = parse(DecoderConfig, bundle.target.config, "bundle: target.config")
+    config = target.narrow(replay.width, replay.n_layers)
     tokens, held = torch.tensor(replay.tokens), list[Held]()
-    optimizers: list[Matrix] = ["adamw", "muon"]
+    optimizers: tuple[Matrix, ...] = ("adamw", "muon")
     for optimizer in optimizers:
-        lines = [line for line in check.slopes if line.optimizer == optimizer]
-        recorded = {(line.kind, line.name, line.t): line.replay for line in lines}
-        known = {key: value for key, value in recorded.items() if value is not None}
-        if known:
-            table = _table(bundle, config)
-            trainable = _trainable(config, table, replay.seed, tokens, optimizer=optimizer)
-            held += hold_replay(known, trainable, steps=max(t for _, _, t in known))
-            progress(f"replay of width {replay.width} under {optimizer}")
+        recorded = {(s.kind, s.name, s.t): s.value for s in replay.sizes
+                    if s.optimizer == optimizer}  # fmt: skip
+        table = _table(bundle, config)
+        trainable = _trainable(config, table, replay.seed, tokens, optimizer=optimizer)
+        held += hold_replay(recorded, sizes(trainable, replay.steps, eps=True))
+        progress(f"replay of width {replay.width} under {optimizer}")
     return tuple(held)
 
 

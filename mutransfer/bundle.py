@@ -225,8 +225,6 @@ def _from_1(document: dict[str, Any]) -> dict[str, Any]:
     check = (document["evidence"] or {}).get("coord_check")
     if check is not None:
         check |= {"widths": [], "replay": None}
-        for line in check["slopes"]:
-            line["replay"] = None
     return document | {"schema_version": 2}
 
 

@@ -87,17 +87,29 @@ class Slope(Record):
     high: float | None
     expected: float | None
     verdict: Verdict
-    replay: float | None = Field(description="the value at t at the replay's width and seed")
+
+
+class Size(Record):
+    """One value of the replayed model; see `mutransfer.preflight.sizes`."""
+
+    optimizer: Literal["adamw", "muon"] = Field(description="of the hidden matrices")
+    kind: str
+    name: str
+    t: int = Field(ge=0)
+    value: float = Field(ge=0)
 
 
 class Replay(Record):
-    """What it takes to measure one model of the coordinate check once more."""
+    """The narrowest model of the coordinate check: what it takes to measure it again."""
 
     width: int = Field(ge=1)
+    n_layers: int = Field(ge=1)
     seed: int = Field(ge=0)
+    steps: int = Field(ge=2, le=10000)
     tokens: tuple[tuple[int, ...], ...] = Field(
         min_length=1, description="its batch, (batch, seq + 1)"
     )
+    sizes: tuple[Size, ...] = Field(min_length=1)
 
 
 class CoordCheck(Record):

@@ -17,8 +17,9 @@ What stays free, because only other files know better, when the hash is recomput
   noted) and `widths`, and in `evidence.transfer_check` the
   bounds, the regret, the seeds, the widths (each once) and any optimum that the drift does
   not rest on. The result files hold the originals;
-- the coordinate check's `replay`, and so a base width, or a study forged throughout:
-  `mutransfer preflight` measures it again.
+- with the table made anew from it, a base hyperparameter that is fixed, the base width, or a
+  winner forged in its trial too; and the coordinate check's `replay`, by which `mutransfer
+  preflight` measures all of these anew but weight decay, betas and momentum.
 
 A config that has all of the decoder's fields is the decoder's, and its table is made from
 nothing else. For a model of your own, shapes and width ratios inside the blocks are the

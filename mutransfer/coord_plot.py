@@ -165,6 +165,7 @@ def coord_check_figure(
     results = [result] if contrast is None else [result, contrast]
     data = [coord_check_data(each) for each in results]
     drawn = {panel for frame in data for panel in frame["panel"]}
+    drawn |= {_panels(each).get(q.kind, "") for each in results for q in each.quantities}
     panels = [p for p in dict.fromkeys(_panels(result).values()) if p in drawn]
     columns = 4 if contrast is None else len(panels)
     colours = _colours(data)

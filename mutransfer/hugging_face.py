@@ -17,8 +17,8 @@ from mutransfer.table import Table
 _ROLES: tuple[tuple[str, Role], ...] = (
     (r"(.*\.)?embed_tokens\.weight", "embedding"),
     (r"lm_head\.weight", "head"),
-    (r".*\.layers\.\d+\..*(q|k|v|gate|up)_proj\.weight", "hidden"),
-    (r".*\.layers\.\d+\..*(o|down)_proj\.weight", "hidden_out"),
+    (r".*\.layers\.\d+\.(self_attn|mlp)\.(q|k|v|gate|up)_proj\.weight", "hidden"),
+    (r".*\.layers\.\d+\.(self_attn|mlp)\.(o|down)_proj\.weight", "hidden_out"),
     (r".*\.layers\.\d+\..*norm\.weight", "gain"),
     (r"(.*\.)?norm\.weight", "final_gain"),
     (r".*\.bias", "bias"),

@@ -50,7 +50,7 @@ def carry_multipliers(model: nn.Module, table: Table) -> None:
 
     The output of the embedding and of each `hidden_out` layer is multiplied, and the input of
     the head. The softmax scale goes where attention modules read it, as Hugging Face's do: into
-    their attribute `scaling`. The multipliers are buffers that are not saved: `initialize` and
+    the attribute `scaling` of modules that have a `head_dim` too. The multipliers are buffers that are not saved: `initialize` and
     `Bundle.apply` set them. Call this before either, and before `torch.compile`.
 
     Raises:
@@ -104,8 +104,12 @@ def set_carried(model: nn.Module, multipliers: Multipliers) -> bool:
 
 
 def scaled_modules(model: nn.Module) -> list[nn.Module]:
-    """The attention modules that have their softmax scale in `scaling`."""
-    return [m for m in model.modules() if isinstance(getattr(m, "scaling", None), float)]
+    """The attention modules, told by their `head_dim`, that have their scale in `scaling`."""
+    return [
+        m
+        for m in model.modules()
+        if isinstance(getattr(m, "scaling", None), float) and hasattr(m, "head_dim")
+    ]
 
 
 def _multiply_input(name: str, module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from mutransfer.coord_plot import COLOURS
-from mutransfer.preflight_result import KINDS, PreflightResult
+from mutransfer.preflight_result import KINDS, PreflightResult, ratio
 from mutransfer.verdict import SEVERITY
 
 if TYPE_CHECKING:
@@ -19,6 +19,7 @@ LABELS = {
     "weight": "initial weights",
     "update": "first updates",
     "entry": "entry of the first block",
+    "eps_share": "eps over Adam's √v",
     "attention_logits": "attention logits at init",
     "branch": "what a block adds",
     "activation": "activations at init",
@@ -46,12 +47,15 @@ def preflight_data(result: PreflightResult) -> pd.DataFrame:
     """
     rows = []
     for held in result.held:
-        ratio = held.found / held.expected
-        ratio = _EDGE if not math.isfinite(ratio) else min(max(ratio, 1 / _EDGE), _EDGE)
+        at = ratio(held)
+        at = _EDGE if not math.isfinite(at) else min(max(at, 1 / _EDGE), _EDGE)
+        low, high = (1.0, 1.0) if not held.expected > 0 else (
+            held.low / held.expected, held.high / held.expected
+        )  # fmt: skip
         rows.append(
             {"stage": held.stage, "kind": held.kind, "name": held.name, "t": held.t,
-             "row": list(KINDS).index(held.kind), "ratio": ratio,
-             "low": held.low / held.expected, "high": held.high / held.expected,
+             "row": list(KINDS).index(held.kind), "ratio": at,
+             "low": max(low, 1 / _EDGE / 2), "high": min(high, _EDGE * 2),
              "verdict": held.verdict}
         )  # fmt: skip
     return pd.DataFrame(rows)

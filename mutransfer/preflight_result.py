@@ -17,6 +17,7 @@ KINDS = (
     "weight",
     "update",
     "entry",
+    "eps_share",
     "attention_logits",
     "branch",
     "activation",
@@ -36,6 +37,7 @@ CULPRITS = {
     "update": "its learning rate",
     "later_update": "its learning rate after the first step",
     "entry": "the embedding multiplier",
+    "eps_share": "its eps",
     "branch": "the residual multiplier",
     "attention_logits": "the attention multiplier",
     "logits": "the output multiplier",
@@ -136,8 +138,8 @@ class PreflightResult:
         about = "what enters the first block"
         if first.kind != "entry":
             about = subject(first.kind, list(dict.fromkeys(one.name for one in held)))
-        ratios = sorted(one.found / one.expected for one in held)
-        times = "…".join(dict.fromkeys(f"{ratio:.3g}" for ratio in (ratios[0], ratios[-1])))
+        ratios = sorted(map(ratio, held))
+        times = "…".join(dict.fromkeys(f"{end:.3g}" for end in (ratios[0], ratios[-1])))
         where = f"at width {self.replayed} (replay)" if first.stage == "replay" else (
             f"at width {self.target}"
         )  # fmt: skip
@@ -182,10 +184,17 @@ class PreflightResult:
                     continue
                 off = max(found, key=lambda h: (SEVERITY.index(h.verdict), _distance(h)))
                 label = f"{stage}: {kind.replace('_', ' ').replace('delta', 'change of')}"
-                at = f"{off.found / off.expected:.3f}  {off.name}, step {off.t}"
+                at = f"{ratio(off):.3f}  {off.name}, step {off.t}"
                 lines.append(f"  {label:<36}{len(found):>7}  {off.verdict:<7}  {at}")
         return "\n".join([*lines, *(f"  - {line}" for line in self.culprits)])
 
 
+def ratio(held: Held) -> float:
+    """Found over expected; not a number where it has none."""
+    if held.found == held.expected:
+        return 1.0
+    return held.found / held.expected if held.expected else math.nan
+
+
 def _distance(held: Held) -> float:
-    return abs(math.log2(held.found / held.expected)) if held.found > 0 else math.inf
+    return abs(math.log2(ratio(held))) if ratio(held) > 0 else math.inf

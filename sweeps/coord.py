@@ -11,9 +11,10 @@ from mutransfer.coord_check import CoordCheckResult, Trainable, coord_check
 from mutransfer.errors import UserError
 from mutransfer.files import atomic_path
 from mutransfer.optimizers import Matrix, Optimizers
+from mutransfer.preflight import sizes
 from mutransfer.progress import Report, part, quiet
 from mutransfer.rules import BaseParams
-from mutransfer.verdict import worst
+from mutransfer.verdict import plain, worst
 from proxies.data import Batches
 from proxies.tables import decoder_table
 from sweeps.coord_options import DEFAULT, CoordOptions, build, loss_in, set_scales, train_until
@@ -38,7 +39,8 @@ def run_coord_check(
         progress: Takes one line per model.
 
     Returns:
-        Results by name: `<parametrization> <optimizer>`, contrasts last.
+        Results by name: `<parametrization> <optimizer>`, contrasts last; before each late one
+        the early one that it is held against, whose name ends in ` early`.
 
     Raises:
         UserError: The text is too short, a width does not fit the target, or a late check would
@@ -68,9 +70,11 @@ def run_coord_check(
             progress=part(progress, place / len(rounds), (place + 1) / len(rounds)),
         )
         frames.append(result.frame.assign(arm=name, trained=start))
-        results[name] = result.since(results[name]) if start else result
-    own = [results[f"{e.parametrization} {optimizer}"] for optimizer in c.optimizers]
-    verdict = worst(r.verdict for r in own)
+        if start:
+            results[f"{name} early"] = results.pop(name)
+            result = result.since(results[f"{name} early"])
+        results[name] = result
+    verdict = worst(r.verdict for n, r in results.items() if n.split()[0] == e.parametrization)
     stem = f"coord_check{options.suffix}"
     with atomic_path(folder / f"{stem}.csv") as path:
         pd.concat(frames).to_csv(path, index=False)
@@ -81,7 +85,7 @@ def run_coord_check(
         "base_hyperparameters": params.model_dump(),
     }
     if options == DEFAULT:
-        found["replay"] = _replay(workspace, dict(zip(c.optimizers, own, strict=True)))
+        found["replay"] = _replay(workspace, params)
     workspace.save("coord_check", verdict, found, suffix=options.suffix)
     for kind in c.optimizers:
         shown = [results[f"{arm} {kind}"] for arm in (e.parametrization, *e.contrast[:1])]
@@ -92,26 +96,28 @@ def run_coord_check(
     return results
 
 
-def _replay(workspace: Workspace, own: dict[str, CoordCheckResult]) -> dict[str, Any]:
-    """One model of the check, for `mutransfer preflight` to measure again."""
-    values = []
-    for optimizer, result in own.items():
-        one = result.frame.query("width == @result.widths[0] and seed == 0")
-        judged = {(q.kind, q.name, q.t) for q in result.quantities}
-        values += [
-            [optimizer, kind, name, t, value]
-            for kind, name, t, value in zip(
-                one["kind"], one["name"], one["t"].tolist(), one["value"].tolist(), strict=True
-            )
-            if (kind, name, t) in judged
+def _replay(workspace: Workspace, params: BaseParams) -> dict[str, Any]:
+    """The narrowest model under each optimizer, for `mutransfer preflight` to measure again."""
+    e, c = workspace.experiment, workspace.experiment.coord_check
+    width, found = min(c.widths), []
+    optimizers: tuple[Matrix, ...] = ("adamw", "muon")
+    for optimizer in optimizers:
+        trainable = CoordFactory(workspace, params, e.parametrization, optimizer)(width, 0)
+        found += [
+            {"optimizer": optimizer, "kind": kind, "name": name, "t": t, "value": value}
+            for (kind, name, t), value in sizes(trainable, c.steps, eps=True).items()
         ]
-    width = min(workspace.experiment.coord_check.widths)
-    return {
-        "width": width,
-        "seed": 0,
-        "tokens": _batches(workspace).at(0).tolist(),
-        "values": values,
-    }
+    replay: dict[str, Any] = plain(
+        {
+            "width": width,
+            "n_layers": e.model_at(width).n_layers,
+            "seed": 0,
+            "steps": c.steps,
+            "tokens": _batches(workspace).at(0).tolist(),
+            "sizes": found,
+        }
+    )
+    return replay
 
 
 def _params(workspace: Workspace, progress: Report) -> BaseParams:

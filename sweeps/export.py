@@ -96,19 +96,18 @@ def _coord_evidence(
     fields = ("kind", "name", "t", "slope", "low", "high", "expected", "verdict")
     checks = {kind: record["checks"][f"{parametrization} {kind}"] for kind in optimizers}
     replay = record["replay"]
-    values = {(kind, *key): value for kind, *key, value in replay["values"]}
-    if any(getattr(params, k) != value for k, value in record["base_hyperparameters"].items()):
-        replay, values = None, {}  # of other hyperparameters: it would prove nothing about these
+    same = all(getattr(params, k) == v for k, v in record["base_hyperparameters"].items())
+    if not same or any(size["value"] is None for size in replay["sizes"]):
+        replay = None  # of other hyperparameters, or of a run that broke: it would prove nothing
     return {
         "verdict": record["verdict"],
         "lr": record["base_hyperparameters"]["lr"],
         "symbolic_findings": sum(len(check["symbolic"]) for check in checks.values()),
         "result_sha256": _sha256(record),
         "widths": next(iter(checks.values()))["widths"],
-        "replay": replay and {field: replay[field] for field in ("width", "seed", "tokens")},
+        "replay": replay,
         "slopes": [
-            {"optimizer": kind, "replay": values.get((kind, *(quantity[f] for f in fields[:3])))}
-            | {field: quantity[field] for field in fields}
+            {"optimizer": kind} | {field: quantity[field] for field in fields}
             for kind, check in checks.items()
             for quantity in check["quantities"]
         ],

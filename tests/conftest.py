@@ -97,7 +97,6 @@ def passed() -> dict[str, Any]:
         "name": "embedding",
         "t": 0,
         "verdict": "PASS",
-        "replay": 1.0,
     }
     return {
         "provenance": provenance | {"lr": {"source": "study", "study": "test", "trials": [1]}},
@@ -114,7 +113,22 @@ def passed() -> dict[str, Any]:
                 "symbolic_findings": 0,
                 "result_sha256": "c" * 64,
                 "widths": [32, 64, 128],
-                "replay": {"width": 32, "seed": 0, "tokens": [[1, 2, 3]]},
+                "replay": {
+                    "width": 32,
+                    "n_layers": 2,
+                    "seed": 0,
+                    "steps": 4,
+                    "tokens": [[1, 2, 3]],
+                    "sizes": [
+                        {
+                            "optimizer": "adamw",
+                            "kind": "weight",
+                            "name": "embedding.weight",
+                            "t": 0,
+                            "value": 0.1,
+                        }
+                    ],
+                },
                 "slopes": [
                     {**line, "slope": 0.01, "low": -0.05, "high": 0.06, "expected": 0.0},
                     {**line, "slope": None, "low": None, "high": None, "expected": None},

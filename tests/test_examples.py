@@ -67,8 +67,7 @@ def own_bundle(own: ModuleType) -> Bundle:
                             "result_sha256": "0" * 64, "widths": [32, 64], "replay": None,
                             "slopes": [
                 {"optimizer": "adamw", "kind": "loss", "name": "loss", "t": 0, "slope": 0.0,
-                 "low": -0.01, "high": 0.01, "expected": 0.0, "verdict": "PASS",
-                 "replay": None}]},
+                 "low": -0.01, "high": 0.01, "expected": 0.0, "verdict": "PASS"}]},
             "transfer_check": {
                 "verdict": "PASS", "drift": 0.0, "drift_low": 0.0, "drift_high": 0.4,
                 "regret": 0.0, "regret_low": 0.0, "regret_high": 0.01, "optima": optima,

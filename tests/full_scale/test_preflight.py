@@ -17,13 +17,14 @@ from mutransfer.bundle import Bundle, digest
 from mutransfer.cli import main
 from mutransfer.coord_check import Trainable
 from mutransfer.errors import UserError
-from mutransfer.preflight import MARGINS
+from mutransfer.preflight import MARGINS, hold_target
 from mutransfer.preflight_plot import LABELS, preflight_data, preflight_figure
 from mutransfer.preflight_result import CULPRITS, KINDS, PreflightResult
 from mutransfer.progress import quiet
 from mutransfer.rules import BaseParams
 from mutransfer.table import Table
 from proxies.decoder import DecoderConfig
+from proxies.presets import get_preset
 from proxies.tables import decoder_table
 from sweeps.coord import run_coord_check
 from sweeps.experiment import Experiment
@@ -210,7 +211,7 @@ def forge(bundle: Bundle, params: BaseParams, base_width: int | None = None) -> 
 @pytest.mark.parametrize(
     "name",
     ["lr", "embedding_lr_ratio", "init_std", "embedding_multiplier", "output_multiplier",
-     "residual_multiplier", "attention_multiplier", "muon_factor"],
+     "residual_multiplier", "attention_multiplier", "muon_factor", "eps"],
 )  # fmt: skip
 def test_a_hyperparameter_forged_throughout(bundle: Bundle, name: str) -> None:
     """Nothing in the bundle contradicts it but what the check measured."""
@@ -222,6 +223,19 @@ def test_a_hyperparameter_forged_throughout(bundle: Bundle, name: str) -> None:
         result = run_preflight(forged, seeds=1, steps=2)
         assert result.verdict == "FAIL"
         assert "(replay)" in result.culprits[0]
+
+
+@pytest.mark.parametrize("layers", [1, 4])
+def test_a_base_depth_forged(bundle: Bundle, layers: int) -> None:
+    """It enters the residual multiplier alone; the replayed model has the recorded depth."""
+    document = bundle.model_dump(mode="json")
+    document["base"]["config"]["n_layers"] = layers
+    forged = forge(Bundle.model_validate_json(json.dumps(document)), bundle.base_hyperparameters)
+    with pytest.raises(UserError, match="n_layers"):
+        run_preflight(forged)
+    recorded = changed(forged, "replay.n_layers", layers)
+    result = run_preflight(recorded, seeds=1, steps=2)
+    assert any(h.kind == "branch" and h.verdict == "FAIL" for h in result.held)
 
 
 def test_a_base_width_typed_wrong(bundle: Bundle, tmp_path: Path, capsys: Any) -> None:
@@ -253,15 +267,118 @@ def test_a_changed_table_is_refused_before_anything_is_built(
     assert f"table.rows.{MATRICES[0]}.optimizers.adamw.lr" in capsys.readouterr().err
 
 
-def test_what_cannot_be_checked_is_refused(bundle: Bundle) -> None:
+def changed(bundle: Bundle, path: str, value: object) -> Bundle:
+    """The bundle with one field of its coordinate check changed."""
     document = bundle.model_dump(mode="json")
-    document["evidence"]["coord_check"]["replay"] = None
-    with pytest.raises(UserError, match=r"no coordinate check at its own hyperparameters"):
-        run_preflight(Bundle.model_validate_json(json.dumps(document)))
-    document = bundle.model_dump(mode="json")
-    document["evidence"]["coord_check"]["widths"] = [64, 128, 256]
-    with pytest.raises(UserError, match="two narrow widths are held against a wider target"):
-        run_preflight(Bundle.model_validate_json(json.dumps(document)))
+    *above, key = ["evidence", "coord_check", *path.split(".")]
+    inner: Any = document
+    for part in above:
+        inner = inner[int(part) if part.isdigit() else part]
+    inner[int(key) if key.isdigit() else key] = value
+    return Bundle.model_validate_json(json.dumps(document))
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "where"),
+    [
+        ("replay", None, "evidence.coord_check.replay"),
+        ("widths", [64, 128, 256], "evidence.coord_check.widths"),
+        ("widths", [32], "evidence.coord_check.widths"),
+        ("widths", [16, 64, 96], "evidence.coord_check.replay.width"),
+        ("replay.width", 2**44, "evidence.coord_check.replay.width"),
+        ("replay.n_layers", 2**30, "evidence.coord_check.replay.n_layers"),
+        ("replay.tokens", [[1, 2, 3], [1, 2]], "evidence.coord_check.replay.tokens"),
+        ("replay.tokens", [[]], "evidence.coord_check.replay.tokens"),
+        ("replay.tokens", [[1]], "evidence.coord_check.replay.tokens"),
+        ("replay.tokens", [[1, -1, 2]], "evidence.coord_check.replay.tokens"),
+        ("replay.tokens", [[1, 256, 2]], "evidence.coord_check.replay.tokens"),
+        ("replay.tokens", [[1] * 4096], "evidence.coord_check.replay.tokens"),
+        ("replay.steps", 3, "evidence.coord_check.replay: "),
+    ],
+)
+def test_what_is_no_check_of_this_target_is_one_line(
+    bundle: Bundle, path: str, value: object, where: str
+) -> None:
+    with pytest.raises(UserError) as error:
+        run_preflight(changed(bundle, path, value))
+    assert str(error.value.where).startswith(where)
+    assert error.value.got is not None
+    assert error.value.expected is not None or error.value.cure is not None
+
+
+@pytest.mark.parametrize("left", [0, 1, -1])
+def test_values_left_out_of_the_record_are_missed(bundle: Bundle, left: int) -> None:
+    """Or else a forger would leave out what contradicts him."""
+    check = bundle.model_dump(mode="json")["evidence"]["coord_check"]
+    sizes = check["replay"]["sizes"]
+    kept = sizes[: left or 1] if left >= 0 else sizes[:-1]
+    if left == 0:
+        kept = [size for size in sizes if size["optimizer"] == "adamw"]
+    with pytest.raises(UserError, match="not of this model"):
+        run_preflight(changed(bundle, "replay.sizes", kept))
+
+
+def test_a_recorded_zero_does_not_excuse(bundle: Bundle) -> None:
+    sizes = bundle.model_dump(mode="json")["evidence"]["coord_check"]["replay"]["sizes"]
+    zeros = [size | {"value": 0.0} for size in sizes]
+    result = run_preflight(changed(bundle, "replay.sizes", zeros), seeds=1, steps=2)
+    replayed = [held for held in result.held if held.stage == "replay"]
+    assert {held.verdict for held in replayed} == {"FAIL"}
+    assert result.culprits
+    assert preflight_data(result)["ratio"].between(1 / 8, 8).all()
+
+
+def test_learning_rates_that_bf16_rounds_away_are_refused(bundle: Bundle) -> None:
+    low = forge(bundle, bundle.base_hyperparameters.model_copy(update={"lr": 2**-12}))
+    with pytest.raises(UserError, match="updates would be lost in bf16's rounding"):
+        run_preflight(low)
+    result = run_preflight(low, precision="fp32", seeds=1, steps=2)
+    assert [held for held in result.held if held.stage == "target" and held.verdict == "FAIL"] == []
+
+
+def test_a_target_that_does_not_fit_is_refused(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(preflight._BYTES, "bf16", 2**40)
+    with pytest.raises(UserError, match="not enough memory for the target"):
+        run_preflight(bundle)
+
+
+def test_a_stream_that_is_no_number_at_every_width_fails(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    build = preflight._trainable
+
+    @torch.no_grad()
+    def broken(config: DecoderConfig, *args: Any, **options: Any) -> Trainable:
+        trainable = build(config, *args, **options)
+        if config.n_layers and options.get("precision") == "bf16":
+            named(trainable, "norm.weight")[0].fill_(torch.nan)
+        return trainable
+
+    monkeypatch.setattr(preflight, "_trainable", broken)
+    result = measured(run_preflight(bundle, seeds=1, steps=2))
+    off = {held.kind for held in result.held if held.stage == "target" and held.verdict == "FAIL"}
+    assert {"logits", "delta_logits", "update"} <= off
+
+
+@pytest.mark.parametrize("untied", [True, False])
+@pytest.mark.parametrize("name", ["completep-tied", "mup", "minicpm"])
+def test_right_models_of_other_kinds_are_not_accused(untied: bool, name: str) -> None:
+    """Untied ones, and tied ones whose stream is not the embedding's any more."""
+    params = BaseParams(lr=2**-7, init_std=0.3, embedding_multiplier=3.0, output_multiplier=2.0)
+    target = get_preset("tiny-256").model_copy(update={"tied": not untied})
+    base = target.narrow(32)
+    tokens = torch.randint(256, (1, 65), generator=torch.Generator().manual_seed(0))
+
+    def factory(width: int, seed: int) -> Trainable:
+        config = target.narrow(width)
+        return preflight._trainable(config, decoder_table(config, base, params, name), seed, tokens)
+
+    held, symbolic, _ = hold_target(factory, (32, 64), 256, seeds=3, steps=4)
+    assert [(h.kind, h.name, h.found / h.expected) for h in held if h.verdict == "FAIL"] == []
+    assert symbolic == ()
+    assert {h.kind for h in held} >= {"weight", "update", "entry", "branch", "logits"}
 
 
 def test_the_picture_shows_every_judged_value(
@@ -280,6 +397,6 @@ def test_the_picture_shows_every_judged_value(
 
 
 def test_every_kind_has_a_margin_and_a_row() -> None:
-    assert MARGINS.keys() == set(KINDS)
+    assert MARGINS.keys() | {"eps_share"} == set(KINDS)
     assert set(LABELS) == set(KINDS)
     assert set(CULPRITS) <= set(KINDS)

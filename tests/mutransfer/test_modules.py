@@ -30,7 +30,7 @@ class Attention(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.scaling = 1.0
+        self.scaling, self.head_dim = 1.0, width
         self.qkv = nn.Linear(width, 3 * width, bias=False)
         self.o_proj = nn.Linear(width, width)
 
