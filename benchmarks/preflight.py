@@ -9,8 +9,9 @@ worth using, and the transfer check's verdict is not PASS. Then `mutransfer pref
 process of its own, timed, with its peak memory.
 
 Last, slips are done to the built target by a factor: all init stds at once, then all learning rates
-and multipliers at once, as each shows in a quantity of its own. The smallest factor at which every
-group fails, up and down, is what is detected. Left in `benchmarks/results/preflight/`:
+and multipliers at once, as each shows in a quantity of its own (but that the attention multiplier
+moves what a block adds a little). The smallest factor that fails, up and down, in every group or in
+that quantity, is what is detected. Left in `benchmarks/results/preflight/`:
 `preflight.json`, `preflight.png`, `benchmark.json`.
 """
 
@@ -158,21 +159,23 @@ def timed(words: list[str]) -> tuple[float, int, int]:
 
 
 def detected(bundle: Bundle) -> dict[str, float | None]:
-    """The smallest of `FACTORS` at which, up and down, every group that has it fails."""
+    """The smallest of `FACTORS` that fails, up and down: in every group, or in its quantity."""
     found: dict[str, float | None] = dict.fromkeys(SEEN_IN)
     for factor in FACTORS:
-        held: dict[str, list[Held]] = {}
+        seen: dict[str, bool] = {}
         for sign in (factor, 1 / factor):
             for slip, names in SLIPS:
                 target = target_of(bundle, slip, sign)
                 for name in names:
                     kind = SEEN_IN[name]
-                    held.setdefault(name, []).extend(
-                        h for h in target if h.kind == kind and h.t == (kind == "update")
-                    )
-        for name, values in held.items():
-            print(f"{name} x {factor}: {[h.verdict for h in values]}", flush=True)
-            if found[name] is None and all(h.verdict == "FAIL" for h in values):
+                    verdicts = [h.verdict for h in target
+                                if h.kind == kind and h.t == (kind == "update")]  # fmt: skip
+                    print(f"{name} x {sign:.3g}: {verdicts}", flush=True)
+                    every = all if kind in ("update", "weight") else any
+                    failed = every(verdict == "FAIL" for verdict in verdicts)
+                    seen[name] = seen.get(name, True) and failed
+        for name, right in seen.items():
+            if right and found[name] is None:
                 found[name] = factor
         if None not in found.values():
             break
