@@ -50,8 +50,9 @@ def carry_multipliers(model: nn.Module, table: Table) -> None:
 
     The output of the embedding and of each `hidden_out` layer is multiplied, and the input of
     the head. The softmax scale goes where attention modules read it, as Hugging Face's do: into
-    the attribute `scaling` of modules that have a `head_dim` too. The multipliers are buffers that are not saved: `initialize` and
-    `Bundle.apply` set them. Call this before either, and before `torch.compile`.
+    the attribute `scaling` of modules that have a `head_dim` too. The multipliers are buffers
+    that are not saved: `initialize` and `Bundle.apply` set them. Call this before either, and
+    before `torch.compile`.
 
     Raises:
         UserError: Model and table do not match, the model has multipliers already, or no module

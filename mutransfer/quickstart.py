@@ -20,11 +20,11 @@ def quickstart(
         "runs/quickstart"
     ),
 ) -> int:
-    """Coordinate check, sweep, transfer check, bundle and a training run from it, in minutes.
+    """Checks, sweep, bundle, preflight and a training run from it, in minutes.
 
     Exits 0 once all steps ran, whatever their verdicts; 2 where a step cannot run.
     """
-    from full_scale.cli import train
+    from full_scale.cli import preflight, train
     from sweeps.cli import coord_check, export, sweep, transfer_check
 
     bundle = out / "export" / "bundle.json"
@@ -34,10 +34,14 @@ def quickstart(
          lambda: coord_check(EXPERIMENT, out)),
         ("sweep", "which hyperparameters are best on the narrow proxy?",
          lambda: sweep(EXPERIMENT, out)),
+        ("coordinate check", "once more, at the hyperparameters that the sweep found",
+         lambda: coord_check(EXPERIMENT, out)),
         ("transfer check", "does the best learning rate stay put as the model gets wider?",
          lambda: transfer_check(EXPERIMENT, out)),
         ("export", "the bundle: hyperparameters for the target, with their evidence",
          lambda: export(EXPERIMENT, out)),
+        ("preflight", "do the target's first steps have the sizes that narrow models lead to?",
+         lambda: preflight(bundle=bundle, out=out / "preflight", accept_unverified=True)),
         ("train", "the target, trained from the bundle: warmup, stable, Muon decay",
          lambda: train(bundle=bundle, recipe=RECIPE, out=run, accept_unverified=True)),
     ]  # fmt: skip
@@ -47,7 +51,7 @@ def quickstart(
         started = time.monotonic()
         if step() == 130:
             return 130
-        times[name] = time.monotonic() - started
+        times[name] = times.get(name, 0.0) + time.monotonic() - started
     print(f"\n━━ done in {sum(times.values()):.0f} s: what it showed")
     for line in summary(out):
         print(f"  {line}")
@@ -55,20 +59,22 @@ def quickstart(
     for picture, what in (
         ("coord-check/coord_check.png", "flat lines: μP; the row below grows: SP"),
         ("transfer-check/transfer_check.png", "the minimum stays put (left) or moves (right)"),
+        ("preflight/preflight.png", "all dots at 1: the target is what it should be"),
         ("train/loss.png", "the run that used the bundle"),
     ):
         print(f"  {out}/{picture:<35}{what}")
     print(f"Then: mutransfer bundle show {bundle}")
-    print("Your own: mutransfer init my.toml, edit it, and run the same five commands on it.")
+    print("Your own: mutransfer init my.toml, edit it, and run the same commands on it.")
     return 0
 
 
 def summary(out: Path) -> list[str]:
-    """What the five steps found, in sentences, from the files that they left in `out`."""
+    """What the steps found, in sentences, from the files that they left in `out`."""
     coord = _read(out / "coord-check" / "coord_check.json")
     sweep = _read(out / "sweep" / "sweep.json")
     transfer = _read(out / "transfer-check" / "transfer_check.json")
     bundle = _read(out / "export" / "bundle.json")
+    preflight = _read(out / "preflight" / "preflight.json")
     run = _read(out / "train" / "run.json")
     lines = []
     for check in coord["checks"].values():
@@ -88,6 +94,10 @@ def summary(out: Path) -> list[str]:
     for arm in transfer["arms"]:
         first, last = arm["optima"][0]["width"], arm["optima"][-1]["width"]
         lines.append(_line("transfer check", arm["verdict"], arm["arm"], _moved(arm, first, last)))
+    narrow = " and ".join(map(str, preflight["widths"]))
+    found = next(iter(preflight["culprits"]), f"its first steps are what widths {narrow} lead to")
+    arm = f"width {preflight['target']}"
+    lines.append(_line("preflight", preflight["verdict"], arm, found))
     start, end = run["phases"][0], run["phases"][-1]
     lines.append(
         f"train: the bundle {bundle['sha256'][:8]} was accepted; held-out loss "

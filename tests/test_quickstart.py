@@ -30,6 +30,9 @@ def test_quickstart_shows_what_it_promises(tmp_path: Path) -> None:
     assert (own["drift"] or 0.0) < sp["drift_low"], (
         "μP's optimum moves less than SP's at least does"
     )
+    preflight = json.loads((out / "preflight" / "preflight.json").read_text())
+    assert preflight["verdict"] == "PASS"
+    assert (preflight["target"], preflight["widths"]) == (128, [32, 64])
     run = json.loads((out / "train" / "run.json").read_text())
     assert [phase["name"] for phase in run["phases"]] == [
         "warmup", "stable-1", "stable-2", "decay", "long-context",
@@ -39,5 +42,6 @@ def test_quickstart_shows_what_it_promises(tmp_path: Path) -> None:
     said = done.stdout[done.stdout.index("what it showed") :]
     for line in summary(out):
         assert line in said
-    for name in ("coord-check/coord_check", "transfer-check/transfer_check", "train/loss"):
+    for name in ("coord-check/coord_check", "transfer-check/transfer_check",
+                 "preflight/preflight", "train/loss"):  # fmt: skip
         assert (out / f"{name}.png").read_bytes().startswith(b"\x89PNG")

@@ -78,7 +78,7 @@ def test_with_all_of_them_uncommented_it_is_an_experiment_still(tmp_path: Any) -
 
 
 def test_its_bundle_is_for_the_recipe_smoke() -> None:
-    """What the README's five steps end with."""
+    """What the README's steps end with."""
     e, recipe = load_experiment(str(PATH)), load_recipe("smoke")
     assert e.target == recipe.model
     assert (e.data.tokenizer, e.data.vocab_size) == (recipe.data.tokenizer, recipe.data.vocab_size)
