@@ -43,7 +43,7 @@ from proxies.presets import XMODEL_2_5
 
 TEXT = Path(__file__).resolve().parents[2] / "shared" / "data" / "wikitext-2" / "valid.txt"
 RESULTS = Path(__file__).parent / "results" / "preflight"
-FACTORS = (1.1, 1.2, 1.3, 1.5, 2.0)
+FACTORS = (1.2, 1.3, 1.5, 2.0)
 
 EXPERIMENT = """
 name = "preflight"
