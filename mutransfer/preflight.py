@@ -8,6 +8,7 @@ continue those of two narrow models, along the right power of the width.
 
 from __future__ import annotations
 
+import gc
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -198,7 +199,8 @@ def hold_target(
         values.setdefault(width, []).append(sizes(trainable, steps, tick=tick))
         rungs[width] = Rung(trainable.model, trainable.table, optimizer_kind(trainable.groups),
                             trainable.tokens is not None, None)  # fmt: skip
-        del trainable  # the target's memory is wanted once
+        del trainable
+        gc.collect()  # optimizers are in cycles, and the target's memory is wanted once
         progress(f"width {width}, seed {seed + 1}", (place + 1) / len(jobs))
     ladder = make_ladder(rungs, "width")
     keys = dict.fromkeys(key for found in values.values() for one in found for key in one)
