@@ -126,6 +126,7 @@ class StackedOptimizers:
             )
             block.bind()
             self._blocks.append(block)
+        self._order = [self._columns[fqn] for fqn, _ in like.named_parameters()]
         members, n = len(tables), len(self._columns)
         self._settings = {
             name: np.zeros((members, n)) for name in (*_SETTINGS, *_MUON_SETTINGS)
@@ -194,7 +195,7 @@ class StackedOptimizers:
         """
         gradients = [block.gradient() for block in self._blocks]
         if clip_norm is not None:
-            _clip(gradients, clip_norm)
+            _clip(gradients, clip_norm, self._order)
         self.steps += 1
         value = self._blocks[0].value
         numbers = torch.from_numpy(self._coefficients()).to(value.device, value.dtype)
@@ -292,35 +293,47 @@ class StackedOptimizers:
             1 - s["beta2"],
             np.sqrt(1 - s["beta2"] ** t),
             s["eps"],
-            -np.where(muon, lr * s["ratio"], lr / (1 - s["beta1"] ** t)),
+            -lr / (1 - s["beta1"] ** t),
             s["momentum"],
+            np.where(muon, -lr * s["ratio"], 1.0),
         ])  # fmt: skip
 
 
 def _update(block: _Block, gradient: Tensor, numbers: Tensor, rows: Tensor) -> None:
-    """One step of one block. Shapes: numbers (8, members, parameters); rows: those on Muon."""
+    """One step of one block. Shapes: numbers (9, members, parameters); rows: those on Muon."""
     numbers = numbers[(..., *[None] * (gradient.dim() - 2))]
-    keep, weight, beta2, rest2, root, eps, scale, momentum = numbers
+    keep, weight, beta2, rest2, root, eps, scale, momentum, factor = numbers
     block.value.mul_(keep)
     block.first.lerp_(gradient, weight)
     update = None
     if len(rows) < len(gradient):
         block.second.mul_(beta2).addcmul_(gradient * rest2, gradient)
-        update = (block.first * scale).div_(block.second.sqrt().div_(root).add_(eps))
+        update = (block.first * scale).div_(_sqrt(block.second).div_(root).add_(eps))
     if len(rows):
-        whole = update is None
-        some = [t if whole else t[rows] for t in (gradient, block.first, momentum, scale)]
-        nesterov = some[0].lerp(some[1], some[2])
-        turned = newton_schulz(nesterov.flatten(0, 1)).unflatten(0, nesterov.shape[:2]) * some[3]
+        some = (gradient, block.first, momentum)
+        nesterov = torch.lerp(*(some if update is None else (t[rows] for t in some)))
+        turned = newton_schulz(nesterov.flatten(0, 1)).unflatten(0, nesterov.shape[:2])
+        turned = turned.to(block.value.dtype)
         update = turned if update is None else update.index_copy_(0, rows, turned)
     assert update is not None
-    block.value.add_(update)
+    block.value.addcmul_(update, factor)
 
 
-def _clip(gradients: list[Tensor], norm: float) -> None:
-    """`torch.nn.utils.clip_grad_norm_` per member. Shapes: (members, parameters, ...)."""
-    norms = [torch.linalg.vector_norm(g.flatten(2), dim=2) for g in gradients]
-    total = torch.linalg.vector_norm(torch.cat(norms, 1), dim=1)
+def _sqrt(x: Tensor) -> Tensor:
+    """Rounded as in the fused AdamW: on a CPU, `torch.sqrt` may be MKL's, which often is not."""
+    return x.sqrt() if x.is_cuda else x.double().sqrt_().to(x.dtype)
+
+
+def _clip(gradients: list[Tensor], norm: float, order: list[int]) -> None:
+    """`torch.nn.utils.clip_grad_norm_` per member. Shapes: (members, parameters, ...).
+
+    Args:
+        gradients: A tensor per block.
+        norm: The largest norm that is left as it is.
+        order: Columns in the order in which a single model adds up their norms.
+    """
+    norms = torch.cat([torch.linalg.vector_norm(g.flatten(2), dim=2) for g in gradients], 1)
+    total = torch.linalg.vector_norm(norms[:, order], dim=1)
     factor = (norm / (total + 1e-6)).clamp(max=1.0)
     for g in gradients:
         g.mul_(factor[(..., *[None] * (g.dim() - 1))])

@@ -246,8 +246,7 @@ class Decoder(nn.Module):
 
         Shapes: tokens (..., batch, seq + 1) -> scalar.
         """
-        logits = self(tokens[..., :-1])
-        return F.cross_entropy(_wide(logits.flatten(0, -2)), tokens[..., 1:].flatten())
+        return next_token_loss(self(tokens[..., :-1]), tokens)
 
     def losses(self, tokens: Tensor) -> Tensor:
         """The loss of each model of a stack (`proxies.stacked`).
@@ -269,8 +268,16 @@ class Decoder(nn.Module):
         return angle.cos().to(like.dtype), angle.sin().to(like.dtype)
 
 
+def next_token_loss(logits: Tensor, tokens: Tensor) -> Tensor:
+    """Mean cross-entropy in nats, computed in fp32 at least.
+
+    Shapes: logits (..., batch, seq, vocab_size), tokens (..., batch, seq + 1) -> scalar.
+    """
+    return F.cross_entropy(_wide(logits.flatten(0, -2)), tokens[..., 1:].flatten())
+
+
 def next_token_losses(logits: Tensor, tokens: Tensor) -> Tensor:
-    """Mean cross-entropy in nats of every stacked model.
+    """`next_token_loss` of every stacked model, up to the order of the sum.
 
     Shapes: logits (members, batch, seq, vocab_size), tokens ([members,] batch, seq + 1) ->
     (members,).

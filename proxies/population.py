@@ -23,7 +23,7 @@ from mutransfer.errors import UserError
 from mutransfer.stacked_optimizers import StackedOptimizers
 from mutransfer.table import Table
 from proxies.data import Batches, Corpus, heldout_batches
-from proxies.decoder import Decoder, next_token_losses
+from proxies.decoder import Decoder, next_token_loss
 from proxies.run import RunResult, RunSpec, check, conclude
 from proxies.stacked import Stacked
 from proxies.tables import decoder_table
@@ -316,10 +316,11 @@ class Population:
         if rows != list(range(self._size)):
             live = (*self._model.named_parameters(), *self._model.named_buffers())
             tensors = {name: tensor[rows] for name, tensor in live}
-        return [
-            next_token_losses(functional_call(self._model, tensors, (batch[..., :-1],)), batch)
-            for batch in self._heldout
-        ]
+        losses = []
+        for batch in self._heldout:
+            logits = functional_call(self._model, tensors, (batch[..., :-1],))
+            losses.append(torch.stack([next_token_loss(one, batch) for one in logits]))
+        return losses
 
 
 def _table(spec: RunSpec) -> Table:
