@@ -321,7 +321,7 @@ def _update(block: _Block, gradient: Tensor, numbers: Tensor, rows: Tensor) -> N
 
 def _sqrt(x: Tensor) -> Tensor:
     """Rounded as in the fused AdamW: on a CPU, `torch.sqrt` may be MKL's, which often is not."""
-    return x.sqrt() if x.is_cuda else x.double().sqrt_().to(x.dtype)
+    return x.sqrt() if x.is_cuda else x.double().sqrt().to(x.dtype)
 
 
 def _clip(gradients: list[Tensor], norm: float, order: list[int]) -> None:
