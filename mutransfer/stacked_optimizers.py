@@ -146,7 +146,7 @@ class StackedOptimizers:
         Raises:
             UserError: Model and table do not match.
         """
-        adamw, muon = (param_groups(self._like, table, kind) for kind in ("adamw", "muon"))  # type: ignore[arg-type]
+        adamw, muon = (param_groups(self._like, table, kind) for kind in ("adamw", "muon"))
         hidden = {fqn for fqn, column in self._columns.items() if self._hidden[column]}
         if _names(muon) != hidden:
             raise UserError("members differ in their hidden matrices", where=table.parametrization,
@@ -261,8 +261,12 @@ class StackedOptimizers:
                     name, place = f"{fqn}/{key}", target[row, index]
                     value = _take(tensors, name)
                     if value.shape != place.shape:
-                        raise UserError("optimizer state has another shape", where=name,
-                                        got=tuple(value.shape), expected=tuple(place.shape))  # fmt: skip
+                        raise UserError(
+                            "optimizer state has another shape",
+                            where=name,
+                            got=tuple(value.shape),
+                            expected=tuple(place.shape),
+                        )
                     place.copy_(value)
                     left.discard(name)
                 if "exp_avg" in targets:

@@ -120,11 +120,10 @@ class Attend(nn.Module):
         repeat = q.shape[-3] // k.shape[-3]
         if repeat > 1:
             k, v = k.repeat_interleave(repeat, dim=-3), v.repeat_interleave(repeat, dim=-3)
-        if q.dim() <= 4:
-            return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=1.0)
-        folded = (t.flatten(0, -4) for t in (q, k, v))  # its fast kernels know one batch dimension
-        mixed = F.scaled_dot_product_attention(*folded, is_causal=True, scale=1.0)
-        return mixed.unflatten(0, q.shape[:-3])
+        # torch's fast kernels know one batch dimension
+        q4, k4, v4 = (t.flatten(0, -4) if t.dim() > 4 else t for t in (q, k, v))
+        mixed = F.scaled_dot_product_attention(q4, k4, v4, is_causal=True, scale=1.0)
+        return mixed.view(*q.shape[:-1], v.shape[-1]) if q.dim() > 4 else mixed
 
 
 class Attention(nn.Module):
@@ -284,7 +283,7 @@ def next_token_losses(logits: Tensor, tokens: Tensor) -> Tensor:
     """
     targets = tokens[..., 1:].expand(logits.shape[:-1])
     each = F.cross_entropy(_wide(logits.flatten(0, -2)), targets.flatten(), reduction="none")
-    return each.unflatten(0, targets.shape).mean(dim=(-2, -1))
+    return each.view(targets.shape).mean(dim=(-2, -1))
 
 
 def _wide(x: Tensor) -> Tensor:

@@ -193,9 +193,7 @@ class Population:
         joined = [
             Member(spec=entry)
             if isinstance(entry, RunSpec)
-            else Member(
-                spec=entry.spec, evaluations=list(entry.evaluations), seconds=entry.seconds
-            )
+            else Member(spec=entry.spec, evaluations=list(entry.evaluations), seconds=entry.seconds)
             for entry in join
         ]
         waiting, places = list(joined), list[tuple[int, Member]]()

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 def _apply(weight: Tensor, x: Tensor) -> Tensor:
     """Shapes: weight (members, fan_out, fan_in), x (members, ..., fan_in) -> (..., fan_out)."""
-    return torch.bmm(x.flatten(1, -2), weight.mT).unflatten(1, x.shape[1:-1])
+    out: Tensor = torch.bmm(x.flatten(1, -2), weight.mT).unflatten(1, x.shape[1:-1])
+    return out
 
 
 class StackedLinear(nn.Module):

@@ -40,7 +40,8 @@ def table_of(i: int) -> Table:
     """Every setting differs between the members."""
     params = BaseParams(
         lr=0.01 * (1 + i), init_std=0.1, weight_decay=0.3 * i, beta1=0.95 - 0.1 * i,
-        beta2=0.99 - 0.05 * i, eps=10.0 ** (-3 - i), muon_factor=0.5 + i, muon_momentum=0.9 - 0.1 * i,
+        beta2=0.99 - 0.05 * i, eps=10.0 ** (-3 - i), muon_factor=0.5 + i,
+        muon_momentum=0.9 - 0.1 * i,
     )  # fmt: skip
     table = parametrize(Net(32), Net(16), params, NAMES[i % len(NAMES)], role=role)
     return table.model_copy(update={"multipliers": Multipliers()})
@@ -54,9 +55,7 @@ class Pair:
         self.tables = [table_of(i) for i in range(members)]
         for i, (model, table) in enumerate(zip(self.models, self.tables, strict=True)):
             initialize(model, table, seed=i)
-        self.optimizers = [
-            Optimizers(m, t) for m, t in zip(self.models, self.tables, strict=True)
-        ]
+        self.optimizers = [Optimizers(m, t) for m, t in zip(self.models, self.tables, strict=True)]
         self.stack = Net(32).to(dtype)
         for name, p in self.stack.named_parameters():
             p.data = torch.stack([m.get_parameter(name).detach() for m in self.models])
@@ -104,7 +103,8 @@ def float64_newton_schulz(
     for _ in range(steps):
         gram = x @ x.T
         x = a * x + (b * gram + c * gram @ gram) @ x
-    return x if len(grad) <= len(grad.T) else x.T
+    out: Tensor = x if len(grad) <= len(grad.T) else x.T
+    return out
 
 
 @pytest.fixture
@@ -156,9 +156,7 @@ def test_muon_from_the_first_step_on() -> None:
     tables = [table_of(i) for i in range(2)]
     pair = Pair(2)
     stacked = StackedOptimizers(pair.stack, Net(32), tables, matrix="muon")
-    pair.optimizers = [
-        Optimizers(m, t, "muon") for m, t in zip(pair.models, tables, strict=True)
-    ]
+    pair.optimizers = [Optimizers(m, t, "muon") for m, t in zip(pair.models, tables, strict=True)]
     pair.stacked = stacked
     assert stacked.on_muon.all()
     for step in range(3):

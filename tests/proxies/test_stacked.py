@@ -71,7 +71,7 @@ def test_logits_losses_and_gradients_are_those_of_each_model(
     for i, model in enumerate(models):
         own = ids[0] if shared else ids[i]
         loss = model.loss(own)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         torch.testing.assert_close(logits[i], model(own[:, :-1]), rtol=1e-12, atol=1e-12)
         torch.testing.assert_close(losses[i], loss, rtol=1e-12, atol=0)
         for name, p in model.named_parameters():
