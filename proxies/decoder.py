@@ -120,7 +120,10 @@ class Attend(nn.Module):
         repeat = q.shape[-3] // k.shape[-3]
         if repeat > 1:
             k, v = k.repeat_interleave(repeat, dim=-3), v.repeat_interleave(repeat, dim=-3)
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=1.0)
+        # torch's fast kernels know one batch dimension
+        q4, k4, v4 = (t.flatten(0, -4) if t.dim() > 4 else t for t in (q, k, v))
+        mixed = F.scaled_dot_product_attention(q4, k4, v4, is_causal=True, scale=1.0)
+        return mixed.view(*q.shape[:-1], v.shape[-1]) if q.dim() > 4 else mixed
 
 
 class Attention(nn.Module):
@@ -177,16 +180,18 @@ class Block(nn.Module):
         self, x: Tensor, cos: Tensor, sin: Tensor, residual: Tensor, scale: Tensor
     ) -> Tensor:
         """Shapes: (..., batch, seq, d_model) -> the same."""
-        x = x + residual * self.attention(self.attention_norm(x), cos, sin, scale)
-        out: Tensor = x + residual * self.mlp(self.mlp_norm(x))
+        attended = self.attention(self.attention_norm(x), cos, sin, scale)
+        x = x + residual.to(attended.dtype) * attended
+        fed = self.mlp(self.mlp_norm(x))
+        out: Tensor = x + residual.to(fed.dtype) * fed
         return out
 
 
 class Decoder(nn.Module):
     """A decoder-only language model.
 
-    The multipliers are 0-dim tensors, so that one compiled program serves every trial of a
-    sweep; `mutransfer.apply.initialize` sets them together with the weights.
+    The multipliers are tensors, so that one compiled program serves every trial of a sweep;
+    `mutransfer.apply.initialize` sets them together with the weights.
 
     Args:
         config: Its shape.
@@ -203,7 +208,8 @@ class Decoder(nn.Module):
         if not config.tied:
             self.head = layers.head(config.d_model, config.vocab_size)
         for name in Multipliers.model_fields:
-            self.register_buffer(f"{name}_multiplier", torch.ones(()), persistent=False)
+            dims = 4 if name == "attention" else 3  # (batch, heads, seq, head_dim); else the stream
+            self.register_buffer(f"{name}_multiplier", layers.multiplier(dims), persistent=False)
 
     @torch.no_grad()
     def set_multipliers(self, multipliers: Multipliers) -> None:
@@ -230,10 +236,8 @@ class Decoder(nn.Module):
         Raises:
             UserError: The sequence is longer than `max_seq_len`.
         """
-        state = self.hidden(tokens)
-        if self.config.tied:
-            return F.linear(state, self.embedding.weight)  # type: ignore[arg-type]
-        logits: Tensor = self.head(state)
+        head = self.embedding.logits if self.config.tied else self.head
+        logits: Tensor = head(self.hidden(tokens))  # type: ignore[operator]
         return logits
 
     def loss(self, tokens: Tensor) -> Tensor:
@@ -241,8 +245,14 @@ class Decoder(nn.Module):
 
         Shapes: tokens (..., batch, seq + 1) -> scalar.
         """
-        logits = self(tokens[..., :-1])
-        return F.cross_entropy(logits.flatten(0, -2).float(), tokens[..., 1:].flatten())
+        return next_token_loss(self(tokens[..., :-1]), tokens)
+
+    def losses(self, tokens: Tensor) -> Tensor:
+        """The loss of each model of a stack (`proxies.stacked`).
+
+        Shapes: tokens (members, batch, seq + 1), or (batch, seq + 1) for all -> (members,).
+        """
+        return next_token_losses(self(tokens[..., :-1]), tokens)
 
     def _rope(self, seq_len: int, like: Tensor) -> tuple[Tensor, Tensor]:
         """cos and sin of every position and frequency: (seq, head_dim / 2), computed in fp32."""
@@ -255,6 +265,30 @@ class Decoder(nn.Module):
             torch.arange(seq_len, device=like.device).float(), c.rope_base**-exponent
         )
         return angle.cos().to(like.dtype), angle.sin().to(like.dtype)
+
+
+def next_token_loss(logits: Tensor, tokens: Tensor) -> Tensor:
+    """Mean cross-entropy in nats, computed in fp32 at least.
+
+    Shapes: logits (..., batch, seq, vocab_size), tokens (..., batch, seq + 1) -> scalar.
+    """
+    return F.cross_entropy(_wide(logits.flatten(0, -2)), tokens[..., 1:].flatten())
+
+
+def next_token_losses(logits: Tensor, tokens: Tensor) -> Tensor:
+    """`next_token_loss` of every stacked model, up to the order of the sum.
+
+    Shapes: logits (members, batch, seq, vocab_size), tokens ([members,] batch, seq + 1) ->
+    (members,).
+    """
+    targets = tokens[..., 1:].expand(logits.shape[:-1])
+    each = F.cross_entropy(_wide(logits.flatten(0, -2)), targets.flatten(), reduction="none")
+    return each.view(targets.shape).mean(dim=(-2, -1))
+
+
+def _wide(x: Tensor) -> Tensor:
+    """In fp32 at least."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def meta_decoder(config: DecoderConfig) -> Decoder:

@@ -26,11 +26,15 @@ class LayerSet(Protocol):
         ...
 
     def embedding(self, vocab_size: int, d_model: int) -> nn.Module:
-        """A table (vocab_size, d_model), as the parameter `weight`."""
+        """A table (vocab_size, d_model), as the parameter `weight`; `logits` is its tied head."""
         ...
 
     def norm(self, d_model: int, eps: float) -> nn.Module:
         """An RMSNorm over the last dimension with a gain `weight` (d_model,)."""
+        ...
+
+    def multiplier(self, dims: int) -> Tensor:
+        """A one, in a shape that broadcasts over a model's tensors of `dims` dimensions."""
         ...
 
 
@@ -42,6 +46,14 @@ class Linear(nn.Linear):
 
     def reset_parameters(self) -> None:
         """Nothing: `mutransfer.apply.initialize` draws the values."""
+
+
+class Embedding(nn.Embedding):
+    """A table (vocab_size, d_model) of embeddings that can be read backwards, as a tied head."""
+
+    def logits(self, x: Tensor) -> Tensor:
+        """Shapes: (..., d_model) -> (..., vocab_size)."""
+        return F.linear(x, self.weight)
 
 
 class RMSNorm(nn.Module):
@@ -74,8 +86,12 @@ class Plain:
 
     def embedding(self, vocab_size: int, d_model: int) -> nn.Module:
         """See `LayerSet.embedding`."""
-        return nn.Embedding(vocab_size, d_model)
+        return Embedding(vocab_size, d_model)
 
     def norm(self, d_model: int, eps: float) -> nn.Module:
         """See `LayerSet.norm`."""
         return RMSNorm(d_model, eps)
+
+    def multiplier(self, dims: int) -> Tensor:
+        """See `LayerSet.multiplier`."""
+        return torch.ones(())

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import rfc8785
@@ -161,7 +161,7 @@ class Runner:
             Pruned: `report` asked for it.
             UserError: The spec's data or vocabulary is not the corpus's.
         """
-        self._check(spec)
+        check(spec, self.corpus)
         started, train = time.monotonic(), spec.train
         model, loss_of = self._model(spec.model)
         table = decoder_table(
@@ -195,39 +195,8 @@ class Runner:
                 evaluations.append((done, value))
                 if report is not None and report(done, value):
                     raise Pruned
-        final = None
-        if diverged_at is None:
-            last = [value for _, value in evaluations[-train.last :]]  # a short run has fewer
-            final = sum(last) / len(last)
-            if final >= math.log(spec.model.vocab_size):
-                final, diverged_at = None, train.steps
-        done = diverged_at or train.steps
-        return RunResult(
-            key=spec.key,
-            loss=final,
-            evaluations=tuple(evaluations),
-            diverged_at=diverged_at,
-            tokens=done * train.batch_tokens,
-            epochs=done * train.batch_tokens / self.corpus.train_tokens,
-            seconds=time.monotonic() - started,
-        )
-
-    def _check(self, spec: RunSpec) -> None:
-        if spec.data != self.corpus.fingerprint:
-            raise UserError("run belongs to another corpus", where="data", got=spec.data,
-                            expected=self.corpus.fingerprint)  # fmt: skip
-        known = get_parametrization(spec.parametrization).version
-        if spec.rules_version != known:
-            raise UserError(
-                "the rules of this parametrization have another version here",
-                where="rules_version",
-                got=spec.rules_version,
-                expected=known,
-            )
-        if spec.model.vocab_size != self.corpus.vocab_size:
-            raise UserError("model and tokenizer differ in vocabulary", where="vocab_size",
-                            got=spec.model.vocab_size, expected=self.corpus.vocab_size,
-                            cure="Set model.vocab_size to the tokenizer's.")  # fmt: skip
+        seconds = time.monotonic() - started
+        return conclude(spec, self.corpus, evaluations, diverged_at, seconds)
 
     def _tensor(self, batch: NDArray[np.int64]) -> Tensor:
         return torch.from_numpy(batch).to(self.device)
@@ -240,6 +209,51 @@ class Runner:
             loss = torch.compile(model.loss, dynamic=False) if self.compile else model.loss
             self._models[config] = (model, loss)
         return self._models[config]
+
+
+def check(spec: RunSpec, corpus: Corpus) -> None:
+    """Raises `UserError` where a run's data, rules or vocabulary are not those at hand."""
+    if spec.data != corpus.fingerprint:
+        raise UserError("run belongs to another corpus", where="data", got=spec.data,
+                        expected=corpus.fingerprint)  # fmt: skip
+    known = get_parametrization(spec.parametrization).version
+    if spec.rules_version != known:
+        raise UserError(
+            "the rules of this parametrization have another version here",
+            where="rules_version",
+            got=spec.rules_version,
+            expected=known,
+        )
+    if spec.model.vocab_size != corpus.vocab_size:
+        raise UserError("model and tokenizer differ in vocabulary", where="vocab_size",
+                        got=spec.model.vocab_size, expected=corpus.vocab_size,
+                        cure="Set model.vocab_size to the tokenizer's.")  # fmt: skip
+
+
+def conclude(
+    spec: RunSpec,
+    corpus: Corpus,
+    evaluations: Sequence[tuple[int, float]],
+    diverged_at: int | None,
+    seconds: float,
+) -> RunResult:
+    """The result of a run that came to its end, or diverged."""
+    train, final = spec.train, None
+    if diverged_at is None:
+        last = [value for _, value in evaluations[-train.last :]]  # a short run has fewer
+        final = sum(last) / len(last)
+        if final >= math.log(spec.model.vocab_size):
+            final, diverged_at = None, train.steps
+    done = diverged_at or train.steps
+    return RunResult(
+        key=spec.key,
+        loss=final,
+        evaluations=tuple(evaluations),
+        diverged_at=diverged_at,
+        tokens=done * train.batch_tokens,
+        epochs=done * train.batch_tokens / corpus.train_tokens,
+        seconds=seconds,
+    )
 
 
 def train_steps(
