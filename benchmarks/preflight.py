@@ -194,11 +194,12 @@ def target_of(
             slip(trainable, factor)
         return trainable
 
-    preflight._trainable = damaged
+    require, preflight._trainable = preflight._require_memory, damaged
+    preflight._require_memory = lambda *_: None  # the allocator keeps what the one before had
     try:
         result = preflight.run_preflight(bundle, seeds=1, steps=2)
     finally:
-        preflight._trainable = build
+        preflight._trainable, preflight._require_memory = build, require
     return [held for held in result.held if held.stage == "target"]
 
 
