@@ -26,6 +26,7 @@ from unittest.mock import patch
 
 import numpy as np
 import torch
+from machine import processor
 from numpy.typing import NDArray
 
 import mutransfer.coord_adam as adam
@@ -69,7 +70,7 @@ def main() -> None:
     result = {
         "command": f"python benchmarks/coord_speed.py --repetitions {args.repetitions} "
         f"--threads {args.threads}",
-        "hardware": f"{cores()} cores, {platform.machine()}, {_processor()}",
+        "hardware": f"{cores()} cores, {platform.machine()}, {processor()}",
         "load_at_start": round(os.getloadavg()[0], 2),
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
         "threads": args.threads,
@@ -247,15 +248,6 @@ def _page(result: dict[str, Any]) -> list[str]:
             shares = " ".join(f"{row['parts'][part]:6.2f}" for row in rows.values())
             lines.append(f"{part:>24} {shares}")
     return lines
-
-
-def _processor() -> str:
-    try:
-        text = Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return platform.processor() or "unknown processor"
-    names = [line.partition(":")[2].strip() for line in text.splitlines() if "model name" in line]
-    return names[0] if names else "unknown processor"
 
 
 if __name__ == "__main__":

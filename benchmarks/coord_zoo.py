@@ -29,6 +29,7 @@ from typing import Any
 os.environ.update(OMP_NUM_THREADS="1", MKL_NUM_THREADS="1")  # before torch, in every process
 
 import torch
+from machine import processor
 
 from mutransfer.coord_check import Thresholds
 from mutransfer.coord_text import culprits
@@ -148,7 +149,7 @@ def _page(tables: dict[str, list[tuple[Any, ...]]], records: list[dict[str, Any]
         f"{size.seeds} seeds x {size.steps} steps, no seed used twice for one entry, "
         f"{seconds / max(1, len(records)):.1f} s per check on one thread.",
         f"Python {platform.python_version()}, torch {torch.__version__}, {platform.machine()}, "
-        f"{os.cpu_count()} cores, {_processor()}.",
+        f"{os.cpu_count()} cores, {processor()}.",
         "",
         f"Thresholds: `{Thresholds()}`",
     ]
@@ -174,15 +175,6 @@ def _page(tables: dict[str, list[tuple[Any, ...]]], records: list[dict[str, Any]
                 f"- {record['name']}: {told}" + (f" ({', '.join(kinds)})" if kinds else "")
             )
     return lines
-
-
-def _processor() -> str:
-    try:
-        text = Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return platform.processor() or "unknown processor"
-    names = [line.partition(":")[2].strip() for line in text.splitlines() if "model name" in line]
-    return names[0] if names else "unknown processor"
 
 
 def _read(log: Path) -> list[dict[str, Any]]:

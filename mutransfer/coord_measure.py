@@ -7,7 +7,7 @@ square: the typical layer, whatever a single one does; zero where any layer's is
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -313,10 +313,11 @@ def _rms(x: Tensor) -> float:
 
 def typical(found: Mapping[tuple[str, str], list[float]]) -> Values:
     """The geometric mean of every entry; NaN where one of its values is."""
-    return {key: _geometric_mean(values) for key, values in found.items()}
+    return {key: geometric_mean(values) for key, values in found.items()}
 
 
-def _geometric_mean(values: list[float]) -> float:
+def geometric_mean(values: Sequence[float]) -> float:
+    """Zero where a value is zero, NaN or infinite where one is."""
     if any(math.isnan(value) for value in values):
         return math.nan
     if 0.0 in values:

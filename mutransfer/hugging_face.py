@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
 from torch import Tensor, nn
@@ -10,7 +9,7 @@ from torch import Tensor, nn
 from mutransfer.apply import Geometry, parametrize
 from mutransfer.errors import UserError
 from mutransfer.modules import carry_multipliers, scaled_modules
-from mutransfer.roles import Role, RoleFunction
+from mutransfer.roles import Role, RoleFunction, role_by_name
 from mutransfer.rules import DEFAULT, BaseParams, Parametrization
 from mutransfer.table import Table
 
@@ -32,16 +31,7 @@ def llama_role(fqn: str, shape: tuple[int, ...]) -> Role:
     Raises:
         UserError: The name is none of these, as an expert's or a router's.
     """
-    for pattern, role in _ROLES:
-        if re.fullmatch(pattern, fqn):
-            return role
-    raise UserError(
-        "no role is known for this parameter",
-        where=fqn,
-        got=f"shape {tuple(shape)}",
-        expected="a name as Llama's",
-        cure="Pass role=<function (name, shape) -> role> for this model.",
-    )
+    return role_by_name(_ROLES, fqn, shape)
 
 
 class AttentionCore(nn.Module):

@@ -18,7 +18,7 @@ import torch
 from mutransfer.coord_check import Trainable, measure
 from mutransfer.coord_expect import Ladder, Thresholds, expectation
 from mutransfer.coord_ladder import Rung, make_ladder
-from mutransfer.coord_measure import Recorder, hooked
+from mutransfer.coord_measure import Recorder, geometric_mean, hooked
 from mutransfer.errors import UserError
 from mutransfer.preflight_result import Held, Stage
 from mutransfer.progress import Report, quiet
@@ -120,14 +120,8 @@ def sizes(
                 found.setdefault((kind, name, 0 if changes else t), []).append(value)
                 last[kind, name] = t
         tick(t)
-    return {(kind, name, last.get((kind, name), t)): _geometric_mean(values)
+    return {(kind, name, last.get((kind, name), t)): geometric_mean(values)
             for (kind, name, t), values in found.items()}  # fmt: skip
-
-
-def _geometric_mean(values: Sequence[float]) -> float:
-    if not all(map(math.isfinite, values)):
-        return math.nan
-    return 0.0 if 0.0 in values else math.exp(math.fsum(map(math.log, values)) / len(values))
 
 
 def hold_replay(recorded: Mapping[Key, float], found: Mapping[Key, float]) -> tuple[Held, ...]:
@@ -244,10 +238,10 @@ def _extrapolate(
     margin = MARGINS[kind]
     if kind.endswith("activation") and ladder.module_role(name) == "hidden_out":
         margin = PRODUCT
-    small, large, (found,) = _geometric_mean(at[0]), _geometric_mean(at[1]), at[2]
+    small, large, (found,) = geometric_mean(at[0]), geometric_mean(at[1]), at[2]
     octaves = math.log2(target / narrow[-1])
     low = high = 0.0
-    if small > 0 and large > 0 and margin.drift:
+    if 0 < small < math.inf and 0 < large < math.inf and margin.drift:
         between = math.log2(large / small) / math.log2(narrow[1] / narrow[0]) - slope
         drift = max(-MOST_DRIFT, min(MOST_DRIFT, between)) * octaves
         low, high = min(0.0, drift), max(0.0, drift)
@@ -265,7 +259,7 @@ def _hold(
 
     What is zero, or no number, on one side alone is a FAIL.
     """
-    octaves = 0.0 if found == expected else math.inf
+    octaves = 0.0 if found == expected == 0 else math.inf
     if 0 < found < math.inf and 0 < expected < math.inf:
         ratio = math.log2(found / expected)
         octaves = max(0.0, ratio - range_[1]) + min(0.0, ratio - range_[0])

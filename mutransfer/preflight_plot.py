@@ -8,31 +8,12 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from mutransfer.coord_plot import COLOURS
-from mutransfer.preflight_result import KINDS, PreflightResult, ratio
+from mutransfer.preflight_result import KINDS, LABELS, PreflightResult, ratio
 from mutransfer.verdict import SEVERITY
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-
-LABELS = {
-    "weight": "initial weights",
-    "update": "first updates",
-    "entry": "entry of the first block",
-    "eps_share": "eps over Adam's √v",
-    "attention_logits": "attention logits at init",
-    "branch": "what a block adds",
-    "activation": "activations at init",
-    "residual": "residual stream at init",
-    "logits": "logits at init",
-    "later_update": "later updates",
-    "delta_activation": "change of activations",
-    "delta_attention_logits": "change of attention logits",
-    "delta_residual": "change of the residual stream",
-    "delta_branch": "change of what a block adds",
-    "delta_logits": "change of logits",
-}
-"""A row of the picture by kind."""
 
 _EDGE = 8.0
 

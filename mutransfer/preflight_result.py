@@ -13,24 +13,26 @@ from mutransfer.verdict import SEVERITY, Verdict, plain, worst
 
 SCHEMA_VERSION = 1
 
-KINDS = (
-    "weight",
-    "update",
-    "entry",
-    "eps_share",
-    "attention_logits",
-    "branch",
-    "activation",
-    "residual",
-    "logits",
-    "later_update",
-    "delta_activation",
-    "delta_attention_logits",
-    "delta_residual",
-    "delta_branch",
-    "delta_logits",
-)
-"""What is judged, causes before their consequences."""
+LABELS = {
+    "weight": "initial weights",
+    "update": "first updates",
+    "entry": "entry of the first block",
+    "eps_share": "eps over Adam's √v",
+    "attention_logits": "attention logits at init",
+    "branch": "what a block adds",
+    "activation": "activations at init",
+    "residual": "residual stream at init",
+    "logits": "logits at init",
+    "later_update": "later updates",
+    "delta_activation": "change of activations",
+    "delta_attention_logits": "change of attention logits",
+    "delta_residual": "change of the residual stream",
+    "delta_branch": "change of what a block adds",
+    "delta_logits": "change of logits",
+}
+"""What is judged, causes before their consequences, and what it is called."""
+
+KINDS = tuple(LABELS)
 
 CULPRITS = {
     "weight": "its init std",
@@ -129,7 +131,7 @@ class PreflightResult:
         if rest := dict.fromkeys(
             kind for _, kind, _ in order if kind not in {k for _, k, _ in told}
         ):
-            names = ", ".join(kind.replace("_", " ").replace("delta", "change of") for kind in rest)
+            names = ", ".join(LABELS[kind] for kind in rest)
             found.append(f"what may follow from it is off too: {names}")
         return found
 
@@ -183,7 +185,7 @@ class PreflightResult:
                 if not found:
                     continue
                 off = max(found, key=lambda h: (SEVERITY.index(h.verdict), _distance(h)))
-                label = f"{stage}: {kind.replace('_', ' ').replace('delta', 'change of')}"
+                label = f"{stage}: {LABELS[kind]}"
                 at = f"{ratio(off):.3f}  {off.name}, step {off.t}"
                 lines.append(f"  {label:<36}{len(found):>7}  {off.verdict:<7}  {at}")
         return "\n".join([*lines, *(f"  - {line}" for line in self.culprits)])

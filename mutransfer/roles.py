@@ -44,7 +44,16 @@ def decoder_role(fqn: str, shape: tuple[int, ...]) -> Role:
     Raises:
         UserError: No role is known for `fqn`; a model of your own needs a role function.
     """
-    for pattern, role in _DECODER_ROLES:
+    return role_by_name(_DECODER_ROLES, fqn, shape)
+
+
+def role_by_name(roles: tuple[tuple[str, Role], ...], fqn: str, shape: tuple[int, ...]) -> Role:
+    """The role of the first pattern, a regular expression, that names all of `fqn`.
+
+    Raises:
+        UserError: None does.
+    """
+    for pattern, role in roles:
         if re.fullmatch(pattern, fqn):
             return role
     raise UserError(

@@ -23,29 +23,13 @@ from torch import Tensor, nn
 
 from mutransfer.errors import UserError
 from mutransfer.groups import param_groups
+from mutransfer.newton_schulz import newton_schulz
 from mutransfer.optimizers import Matrix, Momentum
+from mutransfer.symbolic import muon_factor
 from mutransfer.table import Table
-
-_A, _B, _C, _STEPS, _EPS = 3.4445, -4.7750, 2.0315, 5, 1e-7  # torch.optim.Muon's
 
 _SETTINGS = ("lr", "weight_decay", "eps", "beta1", "beta2")
 _MUON_SETTINGS = ("muon_lr", "muon_weight_decay", "momentum", "ratio")
-
-
-def newton_schulz(updates: Tensor) -> Tensor:
-    """`torch.optim.Muon`'s orthogonalization of many matrices, in bfloat16 as there.
-
-    Shapes: (n, fan_out, fan_in) -> the same, bfloat16.
-    """
-    x = updates.bfloat16()
-    tall = x.shape[-2] > x.shape[-1]
-    if tall:
-        x = x.mT
-    x = x / torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True).clamp(min=_EPS)
-    for _ in range(_STEPS):
-        gram = x @ x.mT
-        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=_B, alpha=_C), x, beta=_A)
-    return x.mT if tall else x
 
 
 @dataclass(kw_only=True)
@@ -158,7 +142,7 @@ class StackedOptimizers:
             values = (group["lr"], group["weight_decay"], group["momentum"])
             self._set(row, group, dict(zip(_MUON_SETTINGS, values, strict=False)))
             for fqn, parameter in group["params"]:
-                ratio = _ratio(group["adjust_lr_fn"], *parameter.shape)
+                ratio = muon_factor(group, tuple(parameter.shape))
                 self._settings["ratio"][row, self._columns[fqn]] = ratio
         for block in self._blocks:
             block.first[row].zero_()
@@ -341,13 +325,6 @@ def _clip(gradients: list[Tensor], norm: float, order: list[int]) -> None:
     factor = (norm / (total + 1e-6)).clamp(max=1.0)
     for g in gradients:
         g.mul_(factor[(..., *[None] * (g.dim() - 1))])
-
-
-def _ratio(mode: str, fan_out: int, fan_in: int) -> float:
-    """What `torch.optim.Muon` multiplies the learning rate by in either of its modes."""
-    if mode == "match_rms_adamw":
-        return 0.2 * float(np.sqrt(max(fan_out, fan_in)))
-    return float(np.sqrt(max(1.0, fan_out / fan_in)))
 
 
 def _names(groups: list[dict[str, Any]]) -> set[str]:

@@ -9,10 +9,11 @@ from torch.optim import _muon
 
 from mutransfer.apply import initialize, parametrize
 from mutransfer.errors import UserError
+from mutransfer.newton_schulz import newton_schulz
 from mutransfer.optimizers import Momentum, Optimizers
 from mutransfer.roles import Role
 from mutransfer.rules import PARAMETRIZATIONS, BaseParams
-from mutransfer.stacked_optimizers import StackedOptimizers, newton_schulz
+from mutransfer.stacked_optimizers import StackedOptimizers
 from mutransfer.table import Multipliers, Table
 
 NAMES = list(PARAMETRIZATIONS)
