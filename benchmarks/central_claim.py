@@ -36,8 +36,9 @@ from mutransfer.files import write_json
 from mutransfer.progress import Display
 from mutransfer.rules import BaseParams
 from mutransfer.student import student_t
+from sweeps.desk import Job
 from sweeps.experiment import Experiment, load_experiment
-from sweeps.pool import Job, PoolConfig, run_missing
+from sweeps.pool import PoolConfig, run_missing
 from sweeps.sweep import run_sweep
 from sweeps.workspace import Workspace
 

@@ -20,11 +20,12 @@ from torch.func import functional_call
 
 from mutransfer.apply import initialize
 from mutransfer.errors import UserError
+from mutransfer.optimizers import Matrix
 from mutransfer.stacked_optimizers import StackedOptimizers
 from mutransfer.table import Table
 from proxies.data import Batches, Corpus, heldout_batches
 from proxies.decoder import Decoder, next_token_loss
-from proxies.run import RunResult, RunSpec, check, conclude
+from proxies.run import RunResult, RunSpec, check, conclude, passes_in
 from proxies.stacked import Stacked
 from proxies.tables import decoder_table
 
@@ -81,10 +82,13 @@ class Population:
         specs: The runs; equal in `model` and `train`.
         device: Where to train.
         dtype: Of weights and optimizer states.
-        compile: Whether to `torch.compile` the stack's losses, once per number of members.
+        matrix: Which optimizer the hidden matrices start with.
+        compile: Whether to `torch.compile` the stack's losses, once per size of the stack. The
+            stack then keeps its size as members leave, with copies in their places that no longer
+            learn, and is halved as half of it has left.
 
     Attributes:
-        members: Those in the stack, in its order.
+        members: Those in the stack, in its order; copies lie behind them.
 
     Raises:
         UserError: There is no run, two differ in shape, or one is not of this corpus.
@@ -97,6 +101,7 @@ class Population:
         *,
         device: str = "cpu",
         dtype: torch.dtype = torch.float32,
+        matrix: Matrix = "adamw",
         compile: bool = False,
     ) -> None:
         if not specs:
@@ -110,9 +115,7 @@ class Population:
         self._single = Decoder(self.model_config).to(self.device, dtype)
         self._model = Decoder(self.model_config, Stacked(len(specs))).to(self.device, dtype)
         self._compile = compile
-        self._losses = (
-            torch.compile(self._model.losses, dynamic=False) if compile else self._model.losses
-        )
+        self._losses = _compiled(self._model) if compile else self._model.losses
         self._batches: dict[int, Batches] = {}
         self._heldout = [
             torch.from_numpy(batch).to(self.device)
@@ -124,7 +127,7 @@ class Population:
             )
         ]
         self._optimizers = StackedOptimizers(
-            self._model, self._single, [_table(spec) for spec in specs]
+            self._model, self._single, [_table(spec) for spec in specs], matrix
         )
         self.members = [Member(spec=spec) for spec in specs]
         for row, spec in enumerate(specs):
@@ -162,25 +165,25 @@ class Population:
         self.exchange([member for member in self.members if member.done])
         started, due = time.monotonic(), list[int]()
         while self.members and not due:
-            self._step()
+            self.step()
             at = self.train.evaluate_after
             due = [row for row, member in enumerate(self.members) if member.step in at]
-        for row, loss in zip(due, self._evaluate(due), strict=True):
-            member = self.members[row]
+        evaluated = [self.members[row] for row in due]
+        for member, loss in zip(evaluated, self.evaluate(evaluated), strict=True):
             if math.isfinite(loss):
                 member.evaluations.append((member.step, loss))
             else:
                 member.diverged_at = member.step
         for member in self.members:
             member.seconds += (time.monotonic() - started) / len(self.members)
-        return [self.members[row] for row in due]
+        return evaluated
 
     def exchange(
         self, leave: Collection[Member] = (), join: Sequence[RunSpec | MemberState] = ()
     ) -> list[Member]:
         """Takes members out and puts new ones, or states of earlier ones, in their places.
 
-        The rest is moved together where fewer join than leave.
+        The rest is moved together where fewer join than leave. A state moves to this device.
 
         Returns:
             The new members.
@@ -204,6 +207,8 @@ class Population:
                 places.append((row, waiting.pop(0)))
         places += [(0, member) for member in waiting]
         rows = [row for row, _ in places]
+        if self._compile and self._size < 2 * len(rows):
+            rows += [rows[0]] * (self._size - len(rows))
         if rows and rows != list(range(self._size)):
             self._optimizers.select(rows)
             index = torch.tensor(rows, device=self.device)
@@ -234,7 +239,7 @@ class Population:
 
     @property
     def _size(self) -> int:
-        """Rows of the stack; more than members only where all have left."""
+        """Rows of the stack; more than members where copies fill it, or where all have left."""
         return len(self._optimizers.steps)
 
     def _check(self, spec: RunSpec) -> None:
@@ -264,16 +269,20 @@ class Population:
             self._optimizers.load_state_tensors(row, rest)
         self.members[row].step = int(self._optimizers.steps[row])
 
-    def _step(self) -> None:
+    def step(self) -> None:
         """One step of every member, in the order of `proxies.run.train_steps`."""
         train, schedule = self.train, self.train.schedule
         if train.handover:
             start = schedule.decay_start(train.steps)
             rows = [row for row, member in enumerate(self.members) if member.step == start]
             self._optimizers.hand_over(rows, train.momentum)
-        self._optimizers.set_lr([schedule.factor(m.step, train.steps) for m in self.members])
-        tokens = np.stack([self._stream(m.spec.seed).at(m.step) for m in self.members])
-        losses = self._losses(torch.from_numpy(tokens).to(self.device))
+        factors = [schedule.factor(m.step, train.steps) for m in self.members]
+        batches = [self._stream(m.spec.seed).at(m.step) for m in self.members]
+        copies = self._size - len(self.members)
+        self._optimizers.set_lr(factors + [0.0] * copies)
+        tokens = torch.from_numpy(np.stack(batches + batches[:1] * copies))
+        with passes_in(train.precision, self.device):
+            losses = self._losses(tokens.to(self.device))
         losses.sum().backward()
         self._optimizers.step(train.clip_norm)
         self._optimizers.zero_grad()
@@ -293,18 +302,20 @@ class Population:
             )
         return self._batches[seed]
 
-    def _evaluate(self, rows: list[int]) -> list[float]:
-        """Mean held-out losses of these members; a compiled stack computes them all."""
-        if not rows:
+    def evaluate(self, members: Sequence[Member]) -> list[float]:
+        """Mean held-out losses of these members, in nats; a compiled stack computes them all."""
+        if not members:
             return []
-        if self._compile:  # with gradients, and in the shape that training compiled
-            losses = [
-                self._losses(batch.repeat(self._size, 1, 1)).detach()[rows]
-                for batch in self._heldout
-            ]
-        else:
-            with torch.no_grad():
-                losses = self._losses_of(rows)
+        rows = [self.members.index(member) for member in members]
+        with passes_in(self.train.precision, self.device):
+            if self._compile:  # with gradients, and in the shape that training compiled
+                losses = [
+                    self._losses(batch.repeat(self._size, 1, 1)).detach()[rows]
+                    for batch in self._heldout
+                ]
+            else:
+                with torch.no_grad():
+                    losses = self._losses_of(rows)
         each = torch.stack(losses, 1).tolist()
         return [sum(values) / len(values) for values in each]
 
@@ -319,6 +330,12 @@ class Population:
             logits = functional_call(self._model, tensors, (batch[..., :-1],))
             losses.append(torch.stack([next_token_loss(one, batch) for one in logits]))
         return losses
+
+
+def _compiled(model: Decoder) -> Callable[[Tensor], Tensor]:
+    """Its losses, compiled: one program per shape, and an error where there would be too many."""
+    limits = torch._dynamo.config.patch(recompile_limit=64, fail_on_recompile_limit_hit=True)
+    return limits(torch.compile(model.losses, dynamic=False))  # type: ignore[no-any-return]
 
 
 def _table(spec: RunSpec) -> Table:

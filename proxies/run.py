@@ -10,6 +10,7 @@ import hashlib
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
+from typing import Literal
 
 import numpy as np
 import rfc8785
@@ -29,6 +30,8 @@ from proxies.tables import decoder_table
 
 _RECORD = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
+Precision = Literal["fp32", "bf16"]
+
 
 class TrainConfig(BaseModel):
     """How long and on how much a proxy trains: the recipe's shape in fractions of the run."""
@@ -45,6 +48,9 @@ class TrainConfig(BaseModel):
     handover: bool = Field(False, description="hidden matrices go to Muon as the decay starts")
     momentum: Momentum = Field("seed", description="Muon's first momentum at the hand-over")
     clip_norm: float | None = Field(1.0, gt=0, description="global gradient norm, None = off")
+    precision: Precision = Field(
+        "fp32", description="of the passes, fp32 or bf16; weights and moments stay fp32"
+    )
     rungs: int = Field(4, ge=1, le=100, description="evaluations at equal steps, for pruning")
     last: int = Field(3, ge=1, le=20, description="evaluations whose mean is the result")
     heldout_tokens: int = Field(32768, ge=1, description="held-out tokens per evaluation")
@@ -163,7 +169,12 @@ class Runner:
         """
         check(spec, self.corpus)
         started, train = time.monotonic(), spec.train
-        model, loss_of = self._model(spec.model)
+        model, compiled = self._model(spec.model)
+
+        def loss_of(tokens: Tensor) -> Tensor:
+            with passes_in(train.precision, self.device):
+                return compiled(tokens)
+
         table = decoder_table(
             spec.model, spec.base, spec.params, spec.parametrization, base_width=spec.base_width
         )
@@ -209,6 +220,11 @@ class Runner:
             loss = torch.compile(model.loss, dynamic=False) if self.compile else model.loss
             self._models[config] = (model, loss)
         return self._models[config]
+
+
+def passes_in(precision: Precision, device: torch.device) -> torch.autocast:
+    """What forward passes run within."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
 
 
 def check(spec: RunSpec, corpus: Corpus) -> None:

@@ -20,10 +20,21 @@ from sweeps.workspace import Workspace
 
 Exp = Annotated[str, typer.Argument(metavar="EXP", help="Experiment file, or a shipped name.")]
 Out = Annotated[Path | None, typer.Option(help="Folder in place of runs/<experiment>.")]
-Workers = Annotated[int, typer.Option(min=0, help="Processes that train; 0 = one per core.")]
+Workers = Annotated[
+    int, typer.Option(min=0, help="Processes that train; 0 = one per core, or per GPU.")
+]
+Members = Annotated[
+    int | None,
+    typer.Option(min=1, help="Proxies that each process trains at once [default: measured]."),
+]
 Axis = Literal["width", "depth"]  # as in coord_options, which imports torch
 Precision = Literal["fp32", "bf16", "fp8"]
-Compile = Annotated[bool, typer.Option(help="torch.compile each shape once per process.")]
+Compile = Annotated[
+    bool | None,
+    typer.Option(
+        "--compile/--no-compile", help="torch.compile each shape [default: where it pays]."
+    ),
+]
 
 
 def init(
@@ -140,14 +151,15 @@ def sweep(
     storage: Annotated[
         str | None, typer.Option(help="URL of an Optuna storage; a file in the run by default.")
     ] = None,
-    compile: Compile = False,
+    members: Members = None,
+    compile: Compile = None,
 ) -> None:
     """Searches the base hyperparameters on the proxy; run it again to go on."""
     from sweeps.sweep import run_sweep
 
     quiet_optuna()
     workspace = open_workspace(exp, out)
-    pool = pool_config(workers, compile)
+    pool = pool_config(workers, members, compile)
     with timed() as display:
         params, best = run_sweep(workspace, pool, trials=trials, storage=storage, progress=display)
     error = "" if best.standard_error is None else f" ± {best.standard_error:.4f}"
@@ -169,7 +181,8 @@ def transfer_check(
         ),
     ] = None,
     workers: Workers = 0,
-    compile: Compile = False,
+    members: Members = None,
+    compile: Compile = None,
 ) -> int:
     """Checks that the best learning rate stays put over widths; exits 1 on FAIL.
 
@@ -189,7 +202,8 @@ def transfer_check(
         workspace = open_workspace(exp, out)
         folder = workspace.folder("transfer-check")
         with timed() as display:
-            result = run_transfer_check(workspace, pool_config(workers, compile), progress=display)
+            pool = pool_config(workers, members, compile)
+            result = run_transfer_check(workspace, pool, progress=display)
     print(f"\n{result.summary()}")
     print(f"-> {folder}/transfer_check.png")
     return int(result.verdict == "FAIL")
@@ -228,13 +242,17 @@ def open_workspace(exp: str, out: Path | None) -> Workspace:
     return workspace
 
 
-def pool_config(workers: int, compile: bool) -> PoolConfig:
-    """The pool for this machine."""
+def pool_config(workers: int, members: int | None, compile: bool | None) -> PoolConfig:
+    """The pool for this machine: a worker per GPU, or without one per core."""
     import torch
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    return PoolConfig(workers=workers or (1 if device == "cuda" else cores()), device=device,
-                      compile=compile)  # fmt: skip
+    gpus = torch.cuda.device_count()
+    return PoolConfig(
+        workers=workers or gpus or cores(),
+        device="cuda" if gpus else "cpu",
+        members=members,
+        compile=compile,
+    )
 
 
 def quiet_optuna() -> None:

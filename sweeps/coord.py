@@ -16,8 +16,18 @@ from mutransfer.progress import Report, part, quiet
 from mutransfer.rules import BaseParams
 from mutransfer.verdict import plain, worst
 from proxies.data import Batches
+from proxies.decoder import DecoderConfig
+from proxies.population import MemberState, Population
 from proxies.tables import decoder_table
-from sweeps.coord_options import DEFAULT, CoordOptions, build, loss_in, set_scales, train_until
+from sweeps.coord_options import (
+    DEFAULT,
+    CoordOptions,
+    build,
+    loss_in,
+    set_scales,
+    take_over,
+    train_until,
+)
 from sweeps.sweep import load_sweep
 from sweeps.workspace import Workspace
 
@@ -160,7 +170,8 @@ class CoordFactory:
         late: int = 0,
     ) -> None:
         e = workspace.experiment
-        self._experiment, self._params = e, params
+        self._workspace, self._experiment, self._params = workspace, e, params
+        self._members: list[MemberState] | None = None
         self._corpus, self._options, self._late = workspace.corpus, options, late
         self._arm, self._optimizer = arm, optimizer
         self._batches = _batches(workspace)
@@ -176,8 +187,10 @@ class CoordFactory:
         batch = torch.from_numpy(self._batches.at(seed))
         if precision == "fp8":
             set_scales(loss_of, batch, optimizers)
-        if self._late:
+        if self._late and precision == "fp8":
             train_until(self._late, e.train, model, optimizers, loss_of, self._corpus, seed)
+        elif self._late:
+            take_over(self._late, e.train, model, optimizers, self._trained(config)[seed])
         return Trainable(
             model=model,
             optimizer=optimizers,
@@ -186,3 +199,21 @@ class CoordFactory:
             tokens=batch[:, :-1],
             trained=self._late,
         )
+
+    def _trained(self, config: DecoderConfig) -> list[MemberState]:
+        """All seeds of a size after the steps of a late check, trained as one population."""
+        if self._members is None or self._members[0].spec.model != config:
+            specs = [
+                self._workspace.spec(config, self._params, seed, self._arm)
+                for seed in range(self._experiment.coord_check.seeds)
+            ]
+            train = self._experiment.train.model_copy(update={"precision": self._options.precision})
+            population = Population(
+                self._corpus,
+                [spec.model_copy(update={"train": train}) for spec in specs],
+                matrix=self._optimizer,
+            )
+            for _ in range(self._late):
+                population.step()
+            self._members = [population.state(member) for member in population.members]
+        return self._members

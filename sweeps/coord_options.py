@@ -16,6 +16,7 @@ from mutransfer.optimizers import Optimizers
 from proxies.data import Batches, Corpus
 from proxies.decoder import Decoder, DecoderConfig, meta_decoder
 from proxies.float8 import Float8
+from proxies.population import MemberState
 from proxies.run import TrainConfig, clip, train_steps
 
 Precision = Literal["fp32", "bf16", "fp8"]
@@ -122,7 +123,7 @@ def train_until(
 ) -> None:
     """The first `steps` of a proxy run; what the optimizers do afterwards goes on like it.
 
-    The learning rate stays where the schedule has it then, and gradients are still clipped.
+    What a population cannot train, as FP8 is not for stacked layers.
 
     Args:
         steps: How many.
@@ -139,6 +140,23 @@ def train_until(
     )
     for _ in islice(stretch, steps):
         pass
+    go_on(steps, train, model, optimizers)
+
+
+def take_over(
+    steps: int, train: TrainConfig, model: Decoder, optimizers: Optimizers, state: MemberState
+) -> None:
+    """Puts a member of a population into a model of its own, as `train_until` would leave it."""
+    weights = {name: state.tensors[name] for name, _ in model.named_parameters()}
+    model.load_state_dict(weights)
+    optimizers.load_state_tensors(
+        {name: tensor for name, tensor in state.tensors.items() if name not in weights}
+    )
+    go_on(steps, train, model, optimizers)
+
+
+def go_on(steps: int, train: TrainConfig, model: Decoder, optimizers: Optimizers) -> None:
+    """Leaves the learning rate where it is after so many steps, and has gradients clipped."""
     optimizers.set_lr(train.schedule.factor(steps, train.steps))
     # The first of the two optimizers to step clips the gradients of all.
     optimizers.aux.register_step_pre_hook(lambda *_: clip(model, train.clip_norm))

@@ -8,8 +8,8 @@ from __future__ import annotations
 import multiprocessing
 import os
 import traceback
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from collections import Counter
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -17,48 +17,57 @@ from typing import Any
 
 from mutransfer.errors import UserError
 from mutransfer.progress import Report, quiet
-from proxies.run import Pruned, Runner, RunResult, RunSpec
+from proxies.run import RunResult, RunSpec
+from sweeps.desk import Desk, Job, NextJob, OnDone, OnReport, shape_of
 from sweeps.ledger import Ledger
-
-
-@dataclass(frozen=True)
-class Job:
-    """A run to do, with what the caller needs to know it again.
-
-    Attributes:
-        spec: The run.
-        tag: Anything; the pool does not look at it.
-    """
-
-    spec: RunSpec
-    tag: Any = None
-
-
-NextJob = Callable[[], Job | None]
-OnReport = Callable[[Job, int, float], bool]
-OnDone = Callable[[Job, RunResult | None], None]
+from sweeps.worker import Assignment, Worker, Workplace
 
 
 @dataclass(frozen=True, kw_only=True)
 class PoolConfig:
-    """How the machine is shared out.
+    """How the machine is shared out; what is `None` is chosen.
 
     Attributes:
-        workers: Processes; each trains one proxy at a time.
-        threads: Threads per process; `None` shares the cores out evenly.
-        device: Where they train.
-        compile: Whether they `torch.compile` each shape once and reuse it.
+        workers: Processes; each trains one population of proxies.
+        threads: Threads per process; by default an even share of the cores.
+        device: `cpu` or `cuda`; of several GPUs each worker has one.
+        compile: Whether they `torch.compile` each shape once and reuse it; by default where there
+            is enough to train.
+        members: Proxies that a worker trains at once; by default what measures best on a CPU, and
+            on a GPU as many as fit.
+        save_every: Seconds after which a run that goes on is saved, at its next evaluation.
     """
 
     workers: int = 1
     threads: int | None = None
     device: str = "cpu"
-    compile: bool = False
+    compile: bool | None = None
+    members: int | None = None
+    save_every: float = 60.0
 
     @property
     def threads_each(self) -> int:
         """Threads of one worker."""
         return self.threads or max(1, cores() // self.workers)
+
+    def workplace(self, index: int, corpus: Path, saves: Path | None = None) -> Workplace:
+        """What the worker of this number has; of several GPUs, one."""
+        device, sharing = self.device, self.workers
+        if device == "cuda":
+            import torch
+
+            gpus = max(1, torch.cuda.device_count())
+            device, sharing = f"cuda:{index % gpus}", -(-self.workers // gpus)
+        return Workplace(
+            corpus=corpus,
+            device=device,
+            threads=self.threads_each,
+            sharing=sharing,
+            compile=self.compile,
+            members=self.members,
+            saves=saves,
+            save_every=self.save_every,
+        )
 
 
 def cores() -> int:
@@ -72,8 +81,15 @@ def run_jobs(
     next_job: NextJob,
     on_done: OnDone,
     on_report: OnReport | None = None,
+    *,
+    at_once: int | None = None,
+    steps: Callable[[RunSpec], int] = lambda spec: spec.train.steps,
+    saves: Path | None = None,
+    say: Report = quiet,
 ) -> None:
     """Runs jobs until `next_job` has none and all are done.
+
+    A worker that dies is replaced, and its runs go on from where they were last saved.
 
     Args:
         config: Workers, threads, device.
@@ -82,72 +98,165 @@ def run_jobs(
             result.
         on_done: Takes the result, or `None` where the run was stopped by `on_report`.
         on_report: (job, step, held-out loss) -> whether to stop the run.
+        at_once: The most jobs that a worker may have, whatever fits.
+        steps: A run -> optimizer steps that all jobs of its shape take together, on which it
+            depends whether to compile.
+        saves: Folder for the states of runs that take long; `None`: none are kept.
+        say: Takes what workers tell the user.
 
     Raises:
         UserError: A worker met one.
-        RuntimeError: A worker died.
+        RuntimeError: A worker met a bug, or run after run of one job died with its worker.
     """
+    desk = Desk(config.workers, next_job, on_done, on_report, at_once, steps, say)
     if config.workers == 1:
-        _run_inline(config, corpus_folder, next_job, on_done, on_report)
-        return
-    context = multiprocessing.get_context("spawn")
-    workers: dict[Connection, Any] = {}
-    busy: dict[Connection, Job] = {}
-    try:
-        idle: list[Connection] = []
-        while True:
-            while (idle or len(workers) < config.workers) and (job := next_job()) is not None:
-                if not idle:
-                    ours, theirs = context.Pipe()
-                    process = context.Process(
-                        target=_work, args=(theirs, config, str(corpus_folder)), daemon=True
-                    )
-                    process.start()
-                    theirs.close()
-                    workers[ours] = process
-                    idle.append(ours)
-                connection = idle.pop()
-                with _alive(workers[connection]):
-                    connection.send(job.spec.model_dump(mode="json"))
-                busy[connection] = job
-            if not busy:
-                return
-            for ready in wait(list(busy)):
-                assert isinstance(ready, Connection)
-                connection = ready
-                job = busy[connection]
-                with _alive(workers[connection]):
-                    kind, *content = connection.recv()
-                if kind == "report":
-                    stop = on_report is not None and on_report(job, *content)
-                    with _alive(workers[connection]):
-                        connection.send(stop)
-                elif kind == "error":
-                    error, text = content
-                    raise UserError(text) if error == "user" else RuntimeError(text)
-                else:
-                    del busy[connection]
-                    idle.append(connection)
-                    record = content[0]
-                    on_done(job, None if record is None else RunResult.model_validate(record))
-    finally:
-        for connection, process in workers.items():
-            connection.close()
-            if connection in busy:
-                process.terminate()
-            process.join()
+        Worker(config.workplace(0, corpus_folder, saves), _Inline(desk)).work()
+    else:
+        _Crew(config, desk, corpus_folder, saves).work()
 
 
-@contextmanager
-def _alive(process: Any) -> Iterator[None]:
-    """Around a word with a worker: says so where its end of the pipe is gone."""
-    try:
-        yield
-    except (EOFError, ConnectionError):
+class _Inline:
+    """The parent of a worker in this process."""
+
+    def __init__(self, desk: Desk) -> None:
+        self._desk = desk
+
+    def take(self, room: int) -> list[Assignment]:
+        return self._desk.give(0, room)
+
+    def report(self, number: int, step: int, loss: float) -> bool:
+        return self._desk.report(0, number, step, loss)
+
+    def done(self, number: int, result: RunResult | None) -> None:
+        self._desk.done(0, number, result)
+
+    def say(self, line: str) -> None:
+        self._desk.say(line)
+
+
+class _Crew:
+    """Workers in processes of their own, started as there is work for them."""
+
+    def __init__(
+        self, config: PoolConfig, desk: Desk, corpus_folder: Path, saves: Path | None
+    ) -> None:
+        self._config, self._desk = config, desk
+        self._corpus_folder, self._saves = corpus_folder, saves
+        self._context = multiprocessing.get_context("spawn")
+        self._workers: dict[Connection, tuple[int, Any]] = {}
+        self._first: dict[Connection, list[Assignment]] = {}
+        self._idle: list[Connection] = []
+
+    def work(self) -> None:
+        try:
+            while True:
+                self._employ()
+                busy = [each for each in self._workers if each not in self._idle]
+                if not busy:
+                    return
+                for ready in wait(busy):
+                    assert isinstance(ready, Connection)
+                    self._attend(ready)
+        finally:
+            for connection, (index, process) in self._workers.items():
+                connection.close()
+                if self._desk.held(index):
+                    process.terminate()
+                process.join()
+
+    def _employ(self) -> None:
+        """Gives what there is to do to those who wait, and then to new workers."""
+        for connection in list(self._idle):
+            if assignments := self._desk.give(self._workers[connection][0], 1):
+                self._idle.remove(connection)
+                self._answer(connection, assignments)
+        while len(self._workers) < self._config.workers and self._desk.has_more():
+            taken = {index for index, _ in self._workers.values()}
+            index = min(set(range(self._config.workers)) - taken)
+            ours, theirs = self._context.Pipe()
+            workplace = self._config.workplace(index, self._corpus_folder, self._saves)
+            process = self._context.Process(target=_work, args=(theirs, workplace), daemon=True)
+            process.start()
+            theirs.close()
+            self._workers[ours] = (index, process)
+            self._first[ours] = self._desk.give(index, 1)
+
+    def _attend(self, connection: Connection) -> None:
+        """Hears one worker out, and answers."""
+        index = self._workers[connection][0]
+        try:
+            kind, *content = connection.recv()
+        except (EOFError, ConnectionError):
+            self._bury(connection)
+            return
+        if kind == "take":
+            given = self._first.pop(connection, None) or self._desk.give(index, content[0])
+            if given or self._desk.held(index):
+                self._answer(connection, given)
+            else:
+                self._idle.append(connection)
+        elif kind == "report":
+            self._answer(connection, self._desk.report(index, *content))
+        elif kind == "done":
+            number, result = content
+            record = None if result is None else RunResult.model_validate(result)
+            self._desk.done(index, number, record)
+        elif kind == "say":
+            self._desk.say(content[0])
+        else:
+            error, text = content
+            raise UserError(text) if error == "user" else RuntimeError(text)
+
+    def _answer(self, connection: Connection, content: object) -> None:
+        try:
+            connection.send(content)
+        except ConnectionError:
+            self._bury(connection)
+
+    def _bury(self, connection: Connection) -> None:
+        """Takes note that the other end of the pipe is gone."""
+        index, process = self._workers.pop(connection)
+        self._first.pop(connection, None)
+        connection.close()
         process.join()
-        raise RuntimeError(
-            f"a worker died (exit code {process.exitcode}); run the same command again to go on"
-        ) from None
+        self._desk.lost(index, f"exit code {process.exitcode}")
+
+
+class _Remote:
+    """The parent of a worker at the other end of a pipe."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+
+    def take(self, room: int) -> list[Assignment]:
+        assignments: list[Assignment] = self._ask("take", room)
+        return assignments
+
+    def report(self, number: int, step: int, loss: float) -> bool:
+        return bool(self._ask("report", number, step, loss))
+
+    def done(self, number: int, result: RunResult | None) -> None:
+        record = None if result is None else result.model_dump(mode="json")
+        self._connection.send(("done", number, record))
+
+    def say(self, line: str) -> None:
+        self._connection.send(("say", line))
+
+    def _ask(self, *question: object) -> Any:
+        self._connection.send(question)
+        return self._connection.recv()
+
+
+def _work(connection: Connection, workplace: Workplace) -> None:
+    """The life of a worker: ends when the parent closes the pipe, or dies."""
+    try:
+        Worker(workplace, _Remote(connection)).work()
+    except (EOFError, BrokenPipeError, ConnectionResetError, KeyboardInterrupt):
+        return
+    except UserError as error:
+        connection.send(("error", "user", str(error)))
+    except Exception:
+        connection.send(("error", "bug", traceback.format_exc()))
 
 
 def run_missing(
@@ -173,6 +282,9 @@ def run_missing(
     missing = [job for key, job in distinct.items() if ledger.get(key) is None]
     total = sum(map(_cost, distinct.values()))
     left = {job.spec.key: _cost(job) for job in missing}
+    steps = Counter[tuple[object, ...]]()
+    for job in distinct.values():  # those on record too: who resumes decides as before
+        steps[shape_of(job.spec)] += job.spec.train.steps
 
     def done(job: Job, result: RunResult | None) -> None:
         assert result is not None, "nobody asked the run to stop"
@@ -183,60 +295,17 @@ def run_missing(
         progress(line, 1 - sum(left.values()) / total)
 
     waiting = iter(missing)
-    run_jobs(config, corpus_folder, lambda: next(waiting, None), done)
+    run_jobs(
+        config,
+        corpus_folder,
+        lambda: next(waiting, None),
+        done,
+        at_once=-(-len(missing) // config.workers) or None,
+        steps=lambda spec: steps[shape_of(spec)],
+        saves=ledger.path.parent / "unfinished",
+        say=progress,
+    )
 
 
 def _cost(job: Job) -> int:
     return job.spec.model.n_parameters * job.spec.train.horizon_tokens
-
-
-def _runner(config: PoolConfig, corpus_folder: Path) -> Runner:
-    import torch
-
-    from proxies.data import open_corpus
-
-    torch.set_num_threads(config.threads_each)
-    return Runner(open_corpus(corpus_folder), device=config.device, compile=config.compile)
-
-
-def _run_inline(
-    config: PoolConfig,
-    corpus_folder: Path,
-    next_job: NextJob,
-    on_done: OnDone,
-    on_report: OnReport | None,
-) -> None:
-    runner = _runner(config, corpus_folder)
-    while (job := next_job()) is not None:
-        result = None
-        with suppress(Pruned):
-            result = runner.run(job.spec, _bind(on_report, job))
-        on_done(job, result)
-
-
-def _bind(on_report: OnReport | None, job: Job) -> Callable[[int, float], bool] | None:
-    return None if on_report is None else lambda step, loss: on_report(job, step, loss)
-
-
-def _work(connection: Connection, config: PoolConfig, corpus_folder: str) -> None:
-    """The life of a worker: ends when the parent closes the pipe, or dies."""
-
-    def report(step: int, loss: float) -> bool:
-        connection.send(("report", step, loss))
-        return bool(connection.recv())
-
-    try:
-        runner = _runner(config, Path(corpus_folder))
-        while True:
-            spec = RunSpec.model_validate(connection.recv())
-            try:
-                result = runner.run(spec, report).model_dump(mode="json")
-            except Pruned:
-                result = None
-            connection.send(("done", result))
-    except (EOFError, BrokenPipeError, ConnectionResetError, KeyboardInterrupt):
-        return
-    except UserError as error:
-        connection.send(("error", "user", str(error)))
-    except Exception:
-        connection.send(("error", "bug", traceback.format_exc()))

@@ -11,8 +11,9 @@ from optuna.trial import TrialState
 from mutransfer.bundle_evidence import Study, Trial
 from mutransfer.errors import UserError
 from mutransfer.progress import Report, quiet
+from sweeps.desk import Job
 from sweeps.ledger import Ledger
-from sweeps.pool import Job, PoolConfig, run_missing
+from sweeps.pool import PoolConfig, run_missing
 from sweeps.study import params_of
 from sweeps.workspace import Workspace
 

@@ -18,9 +18,10 @@ from mutransfer.errors import UserError
 from mutransfer.progress import Report, quiet
 from mutransfer.rules import BaseParams
 from proxies.run import RunResult
+from sweeps.desk import Job
 from sweeps.experiment import Experiment, first_difference
 from sweeps.ledger import Ledger
-from sweeps.pool import Job, PoolConfig, run_jobs
+from sweeps.pool import PoolConfig, run_jobs
 from sweeps.storage import connect, place
 from sweeps.workspace import Workspace
 
@@ -156,13 +157,22 @@ class Search:
         self._asked: dict[int, optuna.Trial] = {}
 
     def run(self, pool: PoolConfig) -> None:
-        """Works until the budget is used and every trial is told."""
+        """Works until the budget is used and every trial is told.
+
+        At most as many trials train at once as the sampler draws at first, before it learns: that
+        many it would not have drawn otherwise, had it known the others.
+        """
+        runs = self.trials * self._config.seeds
         run_jobs(
             pool,
             self.workspace.corpus.folder,
             self._next,
             self._done,
             self._report if self._config.pruning else None,
+            at_once=pool.members or -(-self._config.startup // pool.workers),
+            steps=lambda spec: runs * spec.train.steps,
+            saves=self.workspace.root / "unfinished",
+            say=self.progress,
         )
 
     def _next(self) -> Job | None:

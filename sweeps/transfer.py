@@ -19,8 +19,9 @@ from mutransfer.transfer import transfer_check
 from mutransfer.transfer_frame import COLUMNS
 from mutransfer.transfer_result import TransferResult
 from proxies.run import RunSpec
+from sweeps.desk import Job
 from sweeps.ledger import Ledger
-from sweeps.pool import Job, PoolConfig, run_missing
+from sweeps.pool import PoolConfig, run_missing
 from sweeps.sweep import load_sweep
 from sweeps.workspace import Workspace
 

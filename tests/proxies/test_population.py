@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import random
 from collections.abc import Sequence
@@ -347,6 +348,66 @@ def test_run_keeps_the_stack_full(corpus: Corpus) -> None:
         got = results[specs[i].key]
         assert got.loss == pytest.approx(expected.loss, rel=1e-5)
         assert got.seconds > 0
+
+
+# --- compiled, and in bfloat16
+
+
+@pytest.mark.parametrize("handover", [False, True])
+def test_a_compiled_stack_keeps_its_size_until_half_of_it_has_left(
+    corpus: Corpus, monkeypatch: pytest.MonkeyPatch, handover: bool
+) -> None:
+    """Copies fill it up, which change nothing; every size is compiled once."""
+    torch.compiler.reset()
+    torch._dynamo.utils.counters.clear()
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    specs = [run_of(corpus, i, handover=handover) for i in range(6)]
+    calm, _ = trained(corpus, specs)
+    population = Population(corpus, specs[:5], compile=True)
+    sizes, kept = [], population.members[4]
+    for leaving in (1, 1, 1):
+        population.exchange(population.members[:leaving])
+        sizes.append(population._size)
+        population.step()
+    (joined,) = population.exchange([], specs[5:])
+    sizes.append(population._size)
+    while population.members:
+        population.advance()
+    assert sizes == [5, 5, 2, 3]
+    for member, expected in ((kept, calm[4]), (joined, calm[5])):  # up to the order of sums
+        assert member.evaluations == [
+            (step, pytest.approx(loss, rel=1e-5)) for step, loss in expected.evaluations
+        ]
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 4, "5, 2, 3 and, alone, 1"
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning")
+def test_compiled_for_real_it_trains_the_same(corpus: Corpus) -> None:
+    specs = [run_of(corpus, i, handover=True) for i in range(3)]
+    calm, _ = trained(corpus, specs)
+    population = Population(corpus, specs, compile=True)
+    members = list(population.members)
+    while population.members:
+        population.advance()
+    for member, expected in zip(members, calm, strict=True):
+        assert member.evaluations == [
+            (step, pytest.approx(loss, rel=1e-4)) for step, loss in expected.evaluations
+        ]
+
+
+def test_bfloat16_is_that_of_the_single_trainer(corpus: Corpus) -> None:
+    """Passes alone are in bfloat16; apart from rounding, both trainers do the same."""
+    specs = [run_of(corpus, i, precision="bf16") for i in range(3)]
+    calm, population = trained(corpus, specs)
+    wide, _ = trained(corpus, [run_of(corpus, i) for i in range(3)])
+    for row, (spec, member) in enumerate(zip(specs, calm, strict=True)):
+        single, _ = alone(corpus, spec)
+        assert member.evaluations == [
+            (step, pytest.approx(loss, abs=0.01)) for step, loss in single.evaluations
+        ]
+        assert member.evaluations != wide[row].evaluations
+    assert {p.dtype for p in population._model.parameters()} == {torch.float32}
 
 
 # --- refusals

@@ -89,6 +89,7 @@ def other(path: tuple[str, ...], value: Any) -> Any:
     special = {
         "decay_shape": "linear", "momentum": "fresh", "parametrization": "mup", "data": "other",
         "n_heads": 8, "head_dim": 32, "clip_norm": None,
+        "precision": "bf16",
     }  # fmt: skip
     if path[-1] in special:
         return special[path[-1]]

@@ -4,18 +4,25 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import re
 import signal
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from mutransfer.errors import UserError
-from proxies.run import RunResult, RunSpec
+from proxies.memory import measure_footprint
+from proxies.population import Population
+from proxies.run import Runner, RunResult, RunSpec
+from sweeps.desk import Job
 from sweeps.experiment import Experiment
-from sweeps.pool import Job, PoolConfig, cores, run_jobs, run_missing
+from sweeps.pool import PoolConfig, cores, run_jobs, run_missing
+from sweeps.worker import COMPILE_STEPS, CPU_MEMBERS, Assignment, Worker, Workplace
 from sweeps.workspace import Workspace
 
 INLINE = PoolConfig(workers=1, threads=1)
@@ -116,46 +123,174 @@ def kill_worker() -> None:
     worker.join()
 
 
-def while_it_trains(spec: RunSpec) -> tuple[list[Job], Callable[..., bool]]:
-    killer = threading.Thread(target=lambda: (time.sleep(0.2), kill_worker()))
+def long_run(spec: RunSpec) -> RunSpec:
+    train = spec.train.model_copy(update={"steps": 600, "rungs": 30, "last": 1})
+    return spec.model_copy(update={"train": train})
+
+
+def while_it_trains(kills: int) -> Callable[..., bool]:
+    """Asked to stop a run, kills the worker a moment later: the first so many."""
+    killers: list[threading.Thread] = []
 
     def on_report(job: Job, step: int, loss: float) -> bool:
-        if killer.ident is None:
-            killer.start()
+        if len(killers) < kills and not any(killer.is_alive() for killer in killers):
+            killers.append(threading.Thread(target=lambda: (time.sleep(0.1), kill_worker())))
+            killers[-1].start()
         return False
 
-    long = spec.train.model_copy(update={"steps": 2000, "rungs": 100, "last": 1})
-    return [Job(spec.model_copy(update={"train": long}))], on_report
+    return on_report
 
 
-def while_it_waits_for_an_answer(spec: RunSpec) -> tuple[list[Job], Callable[..., bool]]:
+def while_it_waits_for_an_answer(kills: int) -> Callable[..., bool]:
+    killed: list[int] = []
+
     def on_report(job: Job, step: int, loss: float) -> bool:
-        kill_worker()
+        if len(killed) < kills:
+            killed.append(step)
+            kill_worker()
         return False
 
-    return [Job(spec)], on_report
+    return on_report
 
 
 @pytest.mark.parametrize("moment", [while_it_trains, while_it_waits_for_an_answer])
-def test_a_worker_that_is_killed(place: Workspace, moment: Callable[..., Any]) -> None:
-    jobs, on_report = moment(specs(place, 1)[0])
-    with pytest.raises(RuntimeError, match="a worker died.*run the same command again"):
-        run(TWO, place, jobs, on_report=on_report)
+def test_the_run_of_a_killed_worker_goes_on_in_another(
+    place: Workspace, tmp_path: Path, moment: Callable[..., Any]
+) -> None:
+    """From where it was saved last, to the same result."""
+    job = Job(long_run(specs(place, 1)[0]), "a")
+    said: list[str] = []
+    config = PoolConfig(workers=2, threads=1, save_every=0.0)
+    results = run(
+        config, place, [job], on_report=moment(2), saves=tmp_path,
+        say=lambda line, share=None: said.append(line),
+    )  # fmt: skip
+    assert results == run(INLINE, place, [job])
+    deaths = "a worker died (exit code -9); another one takes up its 1 runs"
+    assert said.count(deaths) == 2
+    steps = [int(re.findall(r"from step (\d+) of 600", line)[0]) for line in said if line != deaths]
+    if moment is while_it_trains:  # in the other, the first may be killed before it was saved
+        assert 0 < steps[0] <= steps[-1] < 600
+    assert list(tmp_path.iterdir()) == [], "the state of a finished run is not kept"
+
+
+def test_a_run_that_kills_three_workers_is_given_up(place: Workspace) -> None:
+    jobs = [Job(spec, tag) for tag, spec in enumerate(specs(place, 2))]
+    with pytest.raises(RuntimeError, match=r"a worker died.*as 2 others did.*run the same command"):
+        run(TWO, place, jobs[:1], on_report=while_it_waits_for_an_answer(3))
     assert multiprocessing.active_children() == []
 
 
 def test_a_worker_that_is_killed_before_it_reads_its_job(place: Workspace) -> None:
-    jobs = [Job(specs(place, 1)[0])]
+    jobs, killed = [Job(specs(place, 1)[0], "a")], list[bool]()
 
     def next_job() -> Job | None:
         if jobs:
             return jobs.pop()
-        kill_worker()  # it has been started and is still importing
+        if not killed:
+            killed.append(True)
+            kill_worker()  # it has been started and is still importing
         return None
 
-    with pytest.raises(RuntimeError, match="a worker died.*run the same command again"):
-        run_jobs(TWO, place.corpus.folder, next_job, lambda job, result: None)
-    assert multiprocessing.active_children() == []
+    results = []
+    run_jobs(TWO, place.corpus.folder, next_job, lambda job, result: results.append(result))
+    assert killed
+    assert len(results) == 1
+
+
+def test_a_worker_s_population_changes_nothing(place: Workspace) -> None:
+    """Neither its size nor what its members are; of two shapes, no worker has both at once."""
+    narrow, e = specs(place, 5), place.experiment
+    wide = [place.spec(e.model_at(e.transfer_check.widths[-1]), e.params, seed) for seed in (0, 1)]
+    jobs = [Job(spec, tag) for tag, spec in enumerate([*narrow[:3], *wide, *narrow[3:]])]
+    alone = run(PoolConfig(workers=1, threads=1, members=1), place, jobs)
+    assert run(PoolConfig(workers=1, threads=1, members=3), place, jobs) == alone
+    assert run(PoolConfig(workers=2, threads=1, members=2), place, jobs) == alone
+    # and by the single trainer
+    runner = Runner(place.corpus)
+    assert alone == {j.tag: runner.run(j.spec).model_dump(exclude={"seconds"}) for j in jobs}
+
+
+class Clerk:
+    """A parent that has its jobs ready, writes down what it is asked, and stops the first one."""
+
+    def __init__(self, jobs: list[RunSpec], planned_steps: int = 0) -> None:
+        self.waiting = [
+            Assignment(number=n, spec=spec, planned_steps=planned_steps)
+            for n, spec in enumerate(jobs)
+        ]
+        self.rooms: list[int] = []
+        self.lines: list[str] = []
+        self.results: dict[int, RunResult | None] = {}
+
+    def take(self, room: int) -> list[Assignment]:
+        self.rooms.append(room)
+        given, self.waiting = self.waiting[:room], self.waiting[room:]
+        return given
+
+    def report(self, number: int, step: int, loss: float) -> bool:
+        return number == 0
+
+    def done(self, number: int, result: RunResult | None) -> None:
+        self.results[number] = result
+
+    def say(self, line: str) -> None:
+        self.lines.append(line)
+
+
+def test_a_free_place_is_taken_at_once(place: Workspace) -> None:
+    clerk = Clerk(specs(place, 5))
+    Worker(Workplace(corpus=place.corpus.folder, members=3), clerk).work()
+    assert clerk.rooms[:4] == [1, 2, 1, 2], "one is stopped, and then two are done"
+    assert [number for number, result in clerk.results.items() if result is None] == [0]
+    assert sorted(clerk.results) == [0, 1, 2, 3, 4]
+    assert re.fullmatch(
+        r"cpu: a member at d_model \d+ takes \d+ MiB; \d+ fit into the [\d,]+ MiB that are free, "
+        "3 are wanted",
+        *clerk.lines,
+    )
+
+
+def test_members_that_do_not_fit_are_refused_before_training(
+    place: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    footprint = measure_footprint(place.corpus, specs(place, 1)[0])
+    monkeypatch.setattr("sweeps.worker.free_memory", lambda device: 2 * footprint.of(50))
+    clerk = Clerk(specs(place, 1))
+    half = Workplace(corpus=place.corpus.folder, members=51, sharing=2)
+    with pytest.raises(UserError, match=r"--members: a population of this size.*51, which take"):
+        Worker(half, clerk).work()
+    assert clerk.results == {}
+
+
+def test_what_is_chosen_on_a_cpu(place: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Little to train: a small population; much: one compiled model."""
+    seen: list[bool] = []
+
+    class Spy(Population):
+        def __init__(self, *args: Any, compile: bool, **rest: Any) -> None:
+            seen.append(compile)
+            super().__init__(*args, **rest)
+
+    monkeypatch.setattr("sweeps.worker.Population", Spy)
+    for planned, rooms in ((COMPILE_STEPS - 1, [1, CPU_MEMBERS - 1]), (COMPILE_STEPS, [1, 1])):
+        clerk = Clerk(specs(place, 1), planned)
+        Worker(Workplace(corpus=place.corpus.folder), clerk).work()
+        assert clerk.rooms[:2] == rooms
+    assert seen == [False, True]
+    Worker(
+        Workplace(corpus=place.corpus.folder, compile=False), Clerk(specs(place, 1), 10**9)
+    ).work()
+    assert seen[-1] is False
+
+
+def test_each_gpu_has_its_workers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    config = PoolConfig(workers=3, device="cuda")
+    places = [config.workplace(index, tmp_path) for index in range(3)]
+    assert [place.device for place in places] == ["cuda:0", "cuda:1", "cuda:0"]
+    assert {place.sharing for place in places} == {2}
+    assert PoolConfig(workers=3).workplace(0, tmp_path).sharing == 3
 
 
 def test_threads_are_shared_out() -> None:
