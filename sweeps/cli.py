@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -16,6 +19,7 @@ from mutransfer.progress import Display
 from mutransfer.verdict import worst
 from sweeps.experiment import load_experiment
 from sweeps.pool import PoolConfig, cores
+from sweeps.storage import refuse_password
 from sweeps.workspace import Workspace
 
 Exp = Annotated[str, typer.Argument(metavar="EXP", help="Experiment file, or a shipped name.")]
@@ -149,19 +153,38 @@ def sweep(
     ] = None,
     workers: Workers = 0,
     storage: Annotated[
-        str | None, typer.Option(help="URL of an Optuna storage; a file in the run by default.")
+        str | None,
+        typer.Option(
+            envvar="MUTRANSFER_STORAGE",
+            help="URL of a database that many processes may share [default: a file in the run].",
+        ),
     ] = None,
+    lease: Annotated[
+        float,
+        typer.Option(
+            min=1.0,
+            help="With --storage: seconds without a sign of life after which a process is gone.",
+        ),
+    ] = 60.0,
     members: Members = None,
     compile: Compile = None,
 ) -> None:
-    """Searches the base hyperparameters on the proxy; run it again to go on."""
+    """Searches the base hyperparameters on the proxy; run it again to go on.
+
+    Raises:
+        UserError: There is a password in --storage, which every user of the machine can read.
+    """
     from sweeps.sweep import run_sweep
 
+    if storage is not None and storage != os.environ.get("MUTRANSFER_STORAGE"):
+        refuse_password(storage)
     quiet_optuna()
     workspace = open_workspace(exp, out)
     pool = pool_config(workers, members, compile)
     with timed() as display:
-        params, best = run_sweep(workspace, pool, trials=trials, storage=storage, progress=display)
+        params, best = run_sweep(
+            workspace, pool, trials=trials, storage=storage, lease=lease, progress=display
+        )
     error = "" if best.standard_error is None else f" ± {best.standard_error:.4f}"
     print(f"\nbest: trial {best.number}, held-out loss {best.mean_loss:.4f}{error} nats")
     for name in workspace.experiment.search:
@@ -259,13 +282,33 @@ def quiet_optuna() -> None:
     """Our own lines say what Optuna's log would."""
     import optuna
 
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
 
 
 @contextmanager
 def timed() -> Iterator[Display]:
-    """Shows the progress of the body, and then how long it took."""
+    """Shows the progress of the body, and then how long it took, or how to go on.
+
+    SIGTERM ends it as Ctrl-C does.
+    """
     started = time.monotonic()
-    with Display() as display:
-        yield display
+    try:
+        with on_sigterm(), Display() as display:
+            yield display
+    except KeyboardInterrupt:
+        print("stopped; all that is finished is kept, and the same command goes on from there")
+        raise
     print(f"took {time.monotonic() - started:.0f} s")
+
+
+@contextmanager
+def on_sigterm() -> Iterator[None]:
+    """Lets SIGTERM raise KeyboardInterrupt, in the main thread, which alone may have handlers."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import re
+import time
 from pathlib import Path
 from urllib.parse import unquote_plus
 
 import optuna
 
 from mutransfer.errors import UserError
+from mutransfer.progress import Report, quiet
 
 _URLS = "sqlite:///FILE or postgresql+psycopg://USER:PASSWORD@HOST/DATABASE"
 
 
-def connect(name: str, folder: Path, storage: str | None = None) -> optuna.Study:
+def connect(
+    name: str, folder: Path, storage: str | None = None, say: Report = quiet
+) -> optuna.Study:
     """Creates or loads the study `name`.
 
     With the embedded storage the caller holds the experiment's ledger and so is alone here: a
@@ -24,6 +28,7 @@ def connect(name: str, folder: Path, storage: str | None = None) -> optuna.Study
         name: Of the study.
         folder: Where the embedded storage, an Optuna journal, lies.
         storage: URL of an Optuna RDB storage to use in its place.
+        say: Is told where it is away for a while.
 
     Raises:
         UserError: The URL is none that Optuna knows, its driver is not installed, or the
@@ -40,7 +45,7 @@ def connect(name: str, folder: Path, storage: str | None = None) -> optuna.Study
         return _create(name, JournalStorage(JournalFileBackend(str(journal))))
     # `from None`: what is said below is all that may be said, in a traceback too
     try:
-        return _create(name, storage)
+        return _create(name, _open(storage, say))
     except ImportError:
         raise UserError(
             "the Python driver of this database is not installed",
@@ -64,6 +69,22 @@ def connect(name: str, folder: Path, storage: str | None = None) -> optuna.Study
         ) from None
 
 
+def refuse_password(url: str) -> None:
+    """Refuses a URL from a command line, which all users of the machine see, with a password in it.
+
+    Raises:
+        UserError: It has one.
+    """
+    if re.search(r"://[^/@]*:[^/]*@|[?&](password|key)=", url):
+        raise UserError(
+            "a password on the command line can be read by everybody on this machine",
+            where="--storage",
+            got=shown(url),
+            cure="Leave it out of the URL and put it into PGPASSWORD or ~/.pgpass, or put the "
+            "whole URL into the environment variable MUTRANSFER_STORAGE.",
+        )
+
+
 def place(folder: Path, storage: str | None) -> str:
     """Where the study lies, for a message."""
     return str(_journal(folder)) if storage is None else shown(storage)
@@ -83,7 +104,25 @@ def shown(url: str) -> str:
     return f"{scheme}://…" if re.fullmatch(r"[a-z0-9+._]+", scheme) else "…"
 
 
-def _create(name: str, backend: optuna.storages.BaseStorage | str) -> optuna.Study:
+def _open(url: str, say: Report) -> optuna.storages.BaseStorage:
+    """The database with its tables; another process may be making them too."""
+    from optuna.exceptions import StorageInternalError
+    from sqlalchemy.exc import IntegrityError, ProgrammingError
+
+    from sweeps.patience import PatientStorage
+
+    tries = 5
+    while True:
+        try:
+            return PatientStorage(url, say)
+        except (IntegrityError, ProgrammingError, StorageInternalError):
+            tries -= 1
+            if not tries:
+                raise
+            time.sleep(0.5)
+
+
+def _create(name: str, backend: optuna.storages.BaseStorage) -> optuna.Study:
     return optuna.create_study(
         study_name=name, storage=backend, direction="minimize", load_if_exists=True
     )

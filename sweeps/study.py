@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import os
-import socket
+import time
 import warnings
 from collections import deque
 from pathlib import Path
 from typing import Any
 
 import optuna
+from optuna.exceptions import UpdateFinishedTrialError
 from optuna.samplers import TPESampler
 from optuna.trial import FrozenTrial, TrialState
 
@@ -20,6 +20,7 @@ from mutransfer.rules import BaseParams
 from proxies.run import RunResult
 from sweeps.desk import Job
 from sweeps.experiment import Experiment, first_difference
+from sweeps.lease import Lease
 from sweeps.ledger import Ledger
 from sweeps.pool import PoolConfig, run_jobs
 from sweeps.storage import connect, place
@@ -27,7 +28,11 @@ from sweeps.workspace import Workspace
 
 
 def open_study(
-    experiment: Experiment, data: str, folder: Path, storage: str | None = None
+    experiment: Experiment,
+    data: str,
+    folder: Path,
+    storage: str | None = None,
+    say: Report = quiet,
 ) -> optuna.Study:
     """Creates or resumes the study called like the experiment.
 
@@ -39,12 +44,13 @@ def open_study(
             trials do not compare.
         folder: Where the embedded storage, an Optuna journal, lies.
         storage: URL of an Optuna RDB storage to use in its place.
+        say: Is told where the storage is away for a while.
 
     Raises:
         UserError: A study of this name searches another experiment or another text, or the
             storage cannot be used.
     """
-    study = connect(experiment.name, folder, storage)
+    study = connect(experiment.name, folder, storage, say)
     known = study.user_attrs
     cure = "Give the experiment another name, or --out another folder."
     if known.get("experiment", experiment.canonical) != experiment.canonical:
@@ -70,23 +76,24 @@ def open_study(
 
 def budget_used(study: optuna.Study) -> int:
     """Trials that count: all but those that were cut off and asked anew."""
-    return sum(
-        "interrupted" not in t.user_attrs and t.state != TrialState.WAITING
-        for t in study.get_trials(deepcopy=False)
-    )
+    return sum(map(_counts, study.get_trials(deepcopy=False)))
 
 
-def requeue_interrupted(study: optuna.Study, *, exclusive: bool) -> list[int]:
+def _counts(trial: FrozenTrial) -> bool:
+    return "interrupted" not in trial.user_attrs
+
+
+def requeue_interrupted(study: optuna.Study, lease: Lease | None = None) -> list[int]:
     """Gives up trials whose process is gone and queues their parameters again.
 
     The parameters are queued first, so that a process killed in here loses none: the next one
-    finds the trial still running, and sees that it is continued already.
+    finds the trial still running, and sees that it is continued already. Two processes may do so
+    at once: of what they queue the second is dropped as it is asked for (`Search`).
 
     Args:
         study: The study.
-        exclusive: Whether this process is known to be the only one at work, as it is with the
-            embedded storage, whose ledger is locked. Otherwise only trials of dead processes
-            of this host are taken.
+        lease: Who is at work; `None` where this process is known to be the only one, as it is with
+            the embedded storage, whose ledger is locked.
 
     Returns:
         The numbers of the trials.
@@ -97,33 +104,42 @@ def requeue_interrupted(study: optuna.Study, *, exclusive: bool) -> list[int]:
     for trial in trials:
         if trial.state != TrialState.RUNNING:
             continue
-        if exclusive or _owner_is_dead(trial.user_attrs.get("owner", "")):
+        if lease is None or lease.is_gone(trial.user_attrs.get("owner")):
             if trial.number not in continued:
                 # cut off again before it had taken up all that was queued for it
                 params = trial.system_attrs.get("fixed_params", {}) | trial.params
                 if params:  # cut off before it had drawn any, there is nothing to lose
                     study.enqueue_trial(params, user_attrs={"continues": trial.number})
-            optuna.Trial(study, trial._trial_id).set_user_attr("interrupted", True)
-            study.tell(trial.number, state=TrialState.FAIL)
-            found.append(trial.number)
+            if _give_up(study, trial, "its process is gone"):
+                found.append(trial.number)
     return found
 
 
-def _owner() -> str:
-    return f"{socket.gethostname()}:{os.getpid()}"
-
-
-def _owner_is_dead(owner: str) -> bool:
-    host, _, pid = owner.rpartition(":")
-    if host != socket.gethostname() or not pid.isdigit():
-        return False
+def _give_up(study: optuna.Study, trial: FrozenTrial | optuna.Trial, why: str) -> bool:
+    """Ends a trial that does not count; false where it has ended already."""
     try:
-        os.kill(int(pid), 0)
-    except ProcessLookupError:
-        return True
-    except PermissionError:
+        optuna.Trial(study, trial._trial_id).set_user_attr("interrupted", why)
+        study.tell(trial.number, state=TrialState.FAIL)
+    except (UpdateFinishedTrialError, ValueError):
         return False
-    return False
+    return True
+
+
+def _superfluous(study: optuna.Study, trial: optuna.Trial, budget: int) -> str | None:
+    """Why a trial that was just asked for must not be run, if so.
+
+    Many processes may ask at once. Trials have one order, that of their numbers, by which all of
+    them decide alike and for themselves: the budget belongs to the first ones that count, and
+    what is to be continued to the first that does.
+    """
+    trials = study.get_trials(deepcopy=False)
+    before = [t for t in trials if t.number < trial.number]
+    if sum(map(_counts, before)) >= budget:
+        return "the budget is used"
+    continues = trial.user_attrs.get("continues")
+    if continues is not None and any(t.user_attrs.get("continues") == continues for t in before):
+        return "another one continues the same trial"
+    return None
 
 
 class Search:
@@ -136,7 +152,8 @@ class Search:
         workspace: The experiment's folder.
         study: What `open_study` returned.
         ledger: The open ledger.
-        trials: Budget of trials in all, over every start.
+        trials: Budget of trials in all, over every start and every process.
+        lease: This process's place at a study that others may work on too.
         progress: Takes one line per finished trial; the search is its whole.
     """
 
@@ -147,55 +164,88 @@ class Search:
         ledger: Ledger,
         *,
         trials: int,
+        lease: Lease | None = None,
         progress: Report = quiet,
     ) -> None:
         self.workspace, self.study, self.ledger = workspace, study, ledger
-        self.trials, self.progress = trials, progress
+        self.trials, self.lease, self.progress = trials, lease, progress
         self._config = workspace.experiment.sweep
         self._queue: deque[Job] = deque()
         self._losses: dict[int, dict[int, float]] = {}
         self._asked: dict[int, optuna.Trial] = {}
 
     def run(self, pool: PoolConfig) -> None:
-        """Works until the budget is used and every trial is told.
+        """Works until the budget is used and every trial is told, those of other processes too.
 
         At most as many trials train at once as the sampler draws at first, before it learns: that
         many it would not have drawn otherwise, had it known the others.
         """
         runs = self.trials * self._config.seeds
-        run_jobs(
-            pool,
-            self.workspace.corpus.folder,
-            self._next,
-            self._done,
-            self._report if self._config.pruning else None,
-            at_once=pool.members or -(-self._config.startup // pool.workers),
-            steps=lambda spec: runs * spec.train.steps,
-            saves=self.workspace.root / "unfinished",
-            say=self.progress,
-        )
+        waiting = False
+        while True:
+            self._requeue()
+            run_jobs(
+                pool,
+                self.workspace.corpus.folder,
+                self._next,
+                self._done,
+                self._report if self._config.pruning else None,
+                at_once=pool.members or -(-self._config.startup // pool.workers),
+                steps=lambda spec: runs * spec.train.steps,
+                saves=self.workspace.root / "unfinished",
+                say=self.progress,
+            )
+            if self.lease is None or not (left := self._unfinished()):
+                return
+            if not waiting:
+                self.progress(f"other processes still have {left} trials in work: waiting for them")
+                waiting = True
+            time.sleep(self.lease.interval / 2)
+
+    def _unfinished(self) -> int:
+        """Trials that other processes have in work, or that wait for one."""
+        states = (TrialState.RUNNING, TrialState.WAITING)
+        return len(self.study.get_trials(deepcopy=False, states=states))
+
+    def _requeue(self) -> None:
+        for number in requeue_interrupted(self.study, self.lease):
+            self.progress(f"trial {number} was cut off; its parameters are tried again")
 
     def _next(self) -> Job | None:
         while True:
             if self._queue:
                 job = self._queue.popleft()
-            elif budget_used(self.study) < self.trials:
-                job = self._job(self._ask(), seed=0)
             else:
-                return None
+                if self.lease is not None:
+                    self._requeue()
+                if not self._has_room():
+                    return None
+                if (trial := self._ask()) is None:
+                    continue
+                job = self._job(trial, seed=0)
             known = self.ledger.get(job.spec.key)
             if known is None:
                 return job
             self._done(job, known)
 
-    def _ask(self) -> optuna.Trial:
+    def _has_room(self) -> bool:
+        """Whether to ask: a trial waits, or there is budget for another one."""
+        waiting = self.study.get_trials(deepcopy=False, states=(TrialState.WAITING,))
+        return bool(waiting) or budget_used(self.study) < self.trials
+
+    def _ask(self) -> optuna.Trial | None:
+        """The next trial with its parameters; `None` where another process was faster."""
         config, space = self._config, self.workspace.experiment.search
         # a sampler per trial, seeded by its number: a resumed study draws what it would have
         number = _next_number(self.study)
         self.study.sampler = _sampler(config.seed + 1000 * number, config.startup)
         self.study.pruner = optuna.pruners.MedianPruner(n_startup_trials=config.startup)
         trial = self.study.ask()
-        trial.set_user_attr("owner", _owner())
+        if self.lease is not None:
+            trial.set_user_attr("owner", self.lease.owner)
+        if (why := _superfluous(self.study, trial, self.trials)) is not None:
+            _give_up(self.study, trial, why)
+            return None
         for name, bounds in space.items():
             trial.suggest_float(name, bounds.low, bounds.high, log=True)
         self._losses[trial.number] = {}
@@ -212,7 +262,10 @@ class Search:
         trial = self._asked[job.tag]
         if job.spec.seed != 0 or step >= job.spec.train.steps:
             return False
-        trial.report(loss, step)
+        try:
+            trial.report(loss, step)
+        except UpdateFinishedTrialError:
+            return True  # this process was taken for dead, and the trial is in other hands
         return trial.should_prune()
 
     def _done(self, job: Job, result: RunResult | None) -> None:
@@ -222,20 +275,32 @@ class Search:
             return
         if self.ledger.get(result.key) is None:
             self.ledger.add(result)
+        losses = self._losses[trial.number]
+        if result.loss is not None:
+            losses[job.spec.seed] = result.loss
+        try:
+            if result.loss is None:
+                trial.set_user_attr("diverged_at", result.diverged_at)
+            else:
+                kept = {str(seed): loss for seed, loss in losses.items()}
+                trial.set_user_attr("losses", kept)
+        except UpdateFinishedTrialError:
+            self._lose(trial)
+            return
         if result.loss is None:
-            trial.set_user_attr("diverged_at", result.diverged_at)
             self._tell(trial, TrialState.FAIL)
             return
-        losses = self._losses[trial.number]
-        losses[job.spec.seed] = result.loss
-        trial.set_user_attr("losses", {str(seed): loss for seed, loss in losses.items()})
         if len(losses) < self._config.seeds:
             self._queue.append(self._job(trial, seed=job.spec.seed + 1))
         else:
             self._tell(trial, TrialState.COMPLETE, sum(losses.values()) / len(losses))
 
     def _tell(self, trial: optuna.Trial, state: TrialState, value: float | None = None) -> None:
-        self.study.tell(trial, value, state=state)
+        try:
+            self.study.tell(trial, value, state=state)
+        except (UpdateFinishedTrialError, ValueError):
+            self._lose(trial)
+            return
         del self._asked[trial.number], self._losses[trial.number]
         done = sum(
             t.state.is_finished() and "interrupted" not in t.user_attrs
@@ -244,6 +309,11 @@ class Search:
         outcome = f"loss {value:.4f}" if value is not None else _WORDS[state]
         line = f"trial {trial.number} {outcome} · {done} of {self.trials}"
         self.progress(f"{line} · best {_best(self.study)}", done / max(done, self.trials))
+
+    def _lose(self, trial: optuna.Trial) -> None:
+        """Forgets a trial that was given to another process, as this one was taken for dead."""
+        del self._asked[trial.number], self._losses[trial.number]
+        self.progress(f"trial {trial.number} was taken over by another process; it counts there")
 
 
 def _next_number(study: optuna.Study) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 from pathlib import Path
 
 import optuna
@@ -12,9 +13,10 @@ from mutransfer.files import atomic_path
 from mutransfer.progress import Report, part, quiet
 from mutransfer.rules import BaseParams
 from sweeps.experiment import Experiment
+from sweeps.lease import LEASE, Lease
 from sweeps.pool import PoolConfig
 from sweeps.selection import confirm, read_trials, steps_taken, trials_frame
-from sweeps.study import Search, open_study, params_of, requeue_interrupted
+from sweeps.study import Search, open_study, params_of
 from sweeps.workspace import Workspace
 
 _BORDER = 0.02  # of a range, in the logarithm
@@ -26,6 +28,7 @@ def run_sweep(
     *,
     trials: int | None = None,
     storage: str | None = None,
+    lease: float = LEASE,
     progress: Report = quiet,
 ) -> tuple[BaseParams, Trial]:
     """Runs or resumes the sweep of an experiment and leaves its results.
@@ -37,7 +40,9 @@ def run_sweep(
         workspace: The experiment's folder.
         pool: How the machine is shared out.
         trials: Budget of trials in all, over every start; the experiment's by default.
-        storage: URL of an Optuna RDB storage; an embedded journal by default.
+        storage: URL of an Optuna RDB storage, which any number of processes may work on; an
+            embedded journal by default.
+        lease: Seconds without a sign of life after which another process's trials are tried again.
         progress: Takes one line per event. The runs of the search and of the seeds that confirm
             the best trials count alike.
 
@@ -49,14 +54,13 @@ def run_sweep(
     """
     e, folder = workspace.experiment, workspace.folder("sweep")
     with workspace.ledger() as ledger:
-        study = open_study(e, workspace.corpus.fingerprint, folder, storage)
-        for number in requeue_interrupted(study, exclusive=storage is None):
-            progress(f"trial {number} was cut off; its parameters are tried again")
+        study = open_study(e, workspace.corpus.fingerprint, folder, storage, progress)
         budget = trials or e.sweep.trials
         runs = budget * e.sweep.seeds
         share = runs / (runs + e.sweep.confirm * (e.sweep.confirm_seeds - e.sweep.seeds))
         first, then = part(progress, 0.0, share), part(progress, share, 1.0)
-        Search(workspace, study, ledger, trials=budget, progress=first).run(pool)
+        with Lease(study, lease) if storage else nullcontext() as place:
+            Search(workspace, study, ledger, trials=budget, lease=place, progress=first).run(pool)
         record = confirm(workspace, read_trials(study), ledger, pool, then)
     frame = trials_frame(workspace, record, steps_taken(study, e.train.steps))
     with atomic_path(folder / "trials.csv") as path:

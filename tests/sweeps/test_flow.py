@@ -20,6 +20,7 @@ from mutransfer.rules import BaseParams
 from proxies.run import RunResult
 from sweeps.experiment import Experiment
 from sweeps.export import run_export
+from sweeps.lease import Lease
 from sweeps.pool import PoolConfig
 from sweeps.study import budget_used, open_study, requeue_interrupted
 from sweeps.sweep import at_borders, load_sweep, run_sweep
@@ -133,7 +134,7 @@ def test_an_interrupted_trial_is_asked_anew_within_the_budget(workspace: Workspa
     trial = study.ask()
     lr = trial.suggest_float("lr", 0.002, 0.05, log=True)
     assert budget_used(study) == 1
-    assert requeue_interrupted(study, exclusive=False) == [], "its owner is unknown, not dead"
+    assert requeue_interrupted(study, Lease(study)) == [], "its owner is unknown, not dead"
     run_sweep(workspace, INLINE)
     _, record = load_sweep(workspace)
     assert [t.state for t in record.trials].count("INTERRUPTED") == 1

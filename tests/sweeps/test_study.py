@@ -124,11 +124,11 @@ def test_a_kill_while_requeueing_loses_and_doubles_nothing(
     with monkeypatch.context() as patch:
         patch.setattr(*call, killed)
         with pytest.raises(Killed):
-            requeue_interrupted(study, exclusive=True)
+            requeue_interrupted(study)
 
     study = open_study(experiment, "a", tmp_path, storage)
-    assert requeue_interrupted(study, exclusive=True) == [0]
-    assert requeue_interrupted(study, exclusive=True) == []
+    assert requeue_interrupted(study) == [0]
+    assert requeue_interrupted(study) == []
     old, new = study.trials
     assert (old.state, old.user_attrs["interrupted"]) == (TrialState.FAIL, True)
     assert new.state == TrialState.WAITING
@@ -147,7 +147,7 @@ def test_a_continuation_that_was_taken_up_already_is_none_too_many(
     other = study.ask()
     other.suggest_float("lr", 0.002, 0.05, log=True)
     study.tell(other, 2.0)
-    assert requeue_interrupted(study, exclusive=True) == [0]
+    assert requeue_interrupted(study) == [0]
     assert [t.state for t in study.trials] == [TrialState.FAIL, TrialState.COMPLETE]
 
 
@@ -158,7 +158,7 @@ def test_what_was_queued_for_a_trial_outlives_a_kill_before_it_is_read(
     study.enqueue_trial({"lr": 0.01})
     study.ask()
     assert study.trials[0].params == {}
-    requeue_interrupted(study, exclusive=True)
+    requeue_interrupted(study)
     assert study.ask().suggest_float("lr", 0.002, 0.05, log=True) == 0.01
 
 
@@ -275,7 +275,7 @@ def test_a_trial_cut_off_before_it_drew_anything_is_not_tried_again(
 ) -> None:
     study = open_study(experiment, "text", tmp_path)
     study.ask()
-    assert requeue_interrupted(study, exclusive=True) == [0]
+    assert requeue_interrupted(study) == [0]
     assert [trial.state for trial in study.get_trials()] == [TrialState.FAIL]
     assert budget_used(study) == 0
 
@@ -296,7 +296,7 @@ def test_no_two_trials_have_one_sampler_seed_after_a_kill(
     study = open_study(e, workspace.corpus.fingerprint, workspace.folder("sweep"))
     study.ask()
     study.ask().suggest_float("lr", 0.002, 0.05, log=True)
-    assert requeue_interrupted(study, exclusive=True) == [0, 1]
+    assert requeue_interrupted(study) == [0, 1]
     run_sweep(workspace, PoolConfig(workers=1, threads=1))
     trials = [t for t in study.get_trials() if "interrupted" not in t.user_attrs]
     assert len(trials) == e.sweep.trials
