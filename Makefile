@@ -46,7 +46,7 @@ setup:
 	$(call set-up,)
 
 dev:
-	$(call set-up,dev notebooks hf)
+	$(call set-up,dev notebooks hf postgres)
 
 format: dev
 	$(BIN)/ruff format .

@@ -67,8 +67,8 @@ class Lease:
     def beat(self) -> None:
         """Gives a sign of life, and looks for those of the others."""
         with self._lock:
-            self._beats += 1
-            self._study.set_user_attr(_PREFIX + self.owner, self._beats)
+            self._study.set_user_attr(_PREFIX + self.owner, self._beats + 1)
+            self._beats += 1  # written, and only then counted
             counts = self._study.user_attrs
             for name, count in counts.items():
                 owner = name.removeprefix(_PREFIX)
@@ -77,15 +77,14 @@ class Lease:
                 if self._seen.get(owner, (None, 0))[0] != count:
                     self._seen[owner] = (count, self._beats)
 
-    def is_gone(self, owner: str | None) -> bool:
-        """Whether this process has left, or missed its beats; of an unknown one that is not known.
+    def is_gone(self, owner: str | None, trial: int) -> bool:
+        """Whether the process that has this trial has left, or missed its beats.
 
-        `None` is what owns a trial whose process died before it could write its name: the first
-        question about it starts the clock.
+        Where it died before it could write its name, the first question starts the clock.
         """
         if owner == self.owner:
             return False
-        name = owner or "nobody"
+        name = owner or f"nobody, at trial {trial}"
         with self._lock:
             count, since = self._seen.setdefault(name, (0, self._beats))
             return count == _LEFT or self._beats - since >= _MISSES

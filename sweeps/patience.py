@@ -62,7 +62,7 @@ for _name in (*BaseStorage.__abstractmethods__, "_create_new_trial", "_get_trial
 
 
 def is_away(error: BaseException | None) -> bool:
-    """Whether this comes from the failure of a connection, or of a lock, not from what was asked."""
+    """Whether this comes from a broken connection or a lock, and not from what was asked."""
     while error is not None:
         if isinstance(error, OperationalError):
             return True

@@ -74,6 +74,9 @@ def open_study(
     return study
 
 
+GONE = "its process is gone"
+
+
 def budget_used(study: optuna.Study) -> int:
     """Trials that count: all but those that were cut off and asked anew."""
     return sum(map(_counts, study.get_trials(deepcopy=False)))
@@ -84,11 +87,11 @@ def _counts(trial: FrozenTrial) -> bool:
 
 
 def requeue_interrupted(study: optuna.Study, lease: Lease | None = None) -> list[int]:
-    """Gives up trials whose process is gone and queues their parameters again.
+    """Gives up trials whose process is gone, and queues the parameters of all such ones again.
 
-    The parameters are queued first, so that a process killed in here loses none: the next one
-    finds the trial still running, and sees that it is continued already. Two processes may do so
-    at once: of what they queue the second is dropped as it is asked for (`Search`).
+    Giving up has one winner, whoever else tries or finishes the trial at that moment. Queueing has
+    not: a process that is killed in between leaves it to the next one, and what two of them queue
+    at once is dropped as it is asked for (`Search`).
 
     Args:
         study: The study.
@@ -96,23 +99,23 @@ def requeue_interrupted(study: optuna.Study, lease: Lease | None = None) -> list
             the embedded storage, whose ledger is locked.
 
     Returns:
-        The numbers of the trials.
+        The numbers of the trials that were given up or queued.
     """
-    found = []
+    found = set()
+    for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+        gone = lease is None or lease.is_gone(trial.user_attrs.get("owner"), trial.number)
+        if gone and _give_up(study, trial, GONE):
+            found.add(trial.number)
     trials = study.get_trials(deepcopy=False)
     continued = {trial.user_attrs.get("continues") for trial in trials}
     for trial in trials:
-        if trial.state != TrialState.RUNNING:
-            continue
-        if lease is None or lease.is_gone(trial.user_attrs.get("owner")):
-            if trial.number not in continued:
-                # cut off again before it had taken up all that was queued for it
-                params = trial.system_attrs.get("fixed_params", {}) | trial.params
-                if params:  # cut off before it had drawn any, there is nothing to lose
-                    study.enqueue_trial(params, user_attrs={"continues": trial.number})
-            if _give_up(study, trial, "its process is gone"):
-                found.append(trial.number)
-    return found
+        if trial.user_attrs.get("interrupted") == GONE and trial.number not in continued:
+            # cut off again before it had taken up all that was queued for it
+            params = trial.system_attrs.get("fixed_params", {}) | trial.params
+            if params:  # cut off before it had drawn any, there is nothing to lose
+                study.enqueue_trial(params, user_attrs={"continues": trial.number})
+                found.add(trial.number)
+    return sorted(found)
 
 
 def _give_up(study: optuna.Study, trial: FrozenTrial | optuna.Trial, why: str) -> bool:
@@ -241,13 +244,16 @@ class Search:
         self.study.sampler = _sampler(config.seed + 1000 * number, config.startup)
         self.study.pruner = optuna.pruners.MedianPruner(n_startup_trials=config.startup)
         trial = self.study.ask()
-        if self.lease is not None:
-            trial.set_user_attr("owner", self.lease.owner)
-        if (why := _superfluous(self.study, trial, self.trials)) is not None:
-            _give_up(self.study, trial, why)
-            return None
-        for name, bounds in space.items():
-            trial.suggest_float(name, bounds.low, bounds.high, log=True)
+        try:
+            if self.lease is not None:
+                trial.set_user_attr("owner", self.lease.owner)
+            if (why := _superfluous(self.study, trial, self.trials)) is not None:
+                _give_up(self.study, trial, why)
+                return None
+            for name, bounds in space.items():
+                trial.suggest_float(name, bounds.low, bounds.high, log=True)
+        except UpdateFinishedTrialError:
+            return None  # this process was taken for dead meanwhile
         self._losses[trial.number] = {}
         self._asked[trial.number] = trial
         return trial
