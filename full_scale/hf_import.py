@@ -60,7 +60,7 @@ def import_hf(source: Path, out: Path, *, progress: Report = quiet) -> Start:
     own = own_record(content)
     record = {
         "source": content["model_type"],
-        "sources": {file.name: _sha256(file) for file in _files(source)},
+        "sources": {file.name: sha256(file) for file in _files(source)},
         "config": config,
         "multipliers": multipliers,
         "parametrization": own.get("parametrization"),
@@ -79,6 +79,7 @@ def _files(source: Path) -> list[Path]:
     return [source / "config.json", *sorted(source.glob("*.safetensors"))]
 
 
-def _sha256(path: Path) -> str:
+def sha256(path: Path) -> str:
+    """Of a file, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,4 +1,4 @@
-"""The commands `mutransfer export-hf` and `import-hf`: models out and in."""
+"""The commands `mutransfer export-hf`, `import-hf` and the same for Megatron: models out and in."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import typer
 from mutransfer.progress import Display
 
 Architecture = Literal["granite", "llama"]
+Layers = Literal["transformer_engine", "local"]
 Dtype = Literal["float64", "float32", "bfloat16", "float16"]
 
 Checkpoint = Annotated[
@@ -57,3 +58,40 @@ def import_hf(
         start = take(src, out, progress=display)
         rules = start.parametrization or "unknown; its multipliers are known"
         display(f"{out}: {start.source}, {start.config.n_parameters:,} parameters; rules: {rules}")
+
+
+def export_megatron(
+    ckpt: Checkpoint,
+    out: Out,
+    layers: Annotated[
+        Layers, typer.Option(help="Megatron's --transformer-impl: where the norms live.")
+    ] = "transformer_engine",
+    keep_multipliers: Annotated[
+        bool,
+        typer.Option("--keep-multipliers", help="For --use-mup; else folded into the weights."),
+    ] = False,
+    dtype: Annotated[Dtype, typer.Option(help="Of the stored weights.")] = "float32",
+    bundle: BundleFile = None,
+    tokenizer: TokenizerFile = None,
+) -> None:
+    """Write a checkpoint under Megatron's names: safetensors and megatron.json."""
+    from full_scale.megatron_files import export_megatron as export
+    from full_scale.weights import read_weights
+
+    with Display() as display:
+        weights = read_weights(ckpt, bundle=bundle, tokenizer=tokenizer, say=display)
+        export(weights, out, layers=layers, keep_multipliers=keep_multipliers, dtype=dtype,
+               progress=display)  # fmt: skip
+        display(f"{out}: {layers} names, {dtype}")
+
+
+def import_megatron(
+    src: Annotated[Path, typer.Argument(help="A folder of Megatron-named safetensors.")],
+    out: Out,
+) -> None:
+    """Take Megatron-named weights as a starting point: start.json and safetensors."""
+    from full_scale.megatron_files import import_megatron as take
+
+    with Display() as display:
+        start = take(src, out, progress=display)
+        display(f"{out}: {start.config.n_parameters:,} parameters")

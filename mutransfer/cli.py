@@ -101,6 +101,8 @@ COMMANDS = {
     ),
     "export-hf": _interchange("export_hf", "Write a checkpoint as stock transformers loads it."),
     "import-hf": _interchange("import_hf", "Take a Granite or Llama folder as a starting point."),
+    "export-megatron": _interchange("export_megatron", "Write weights under Megatron's names."),
+    "import-megatron": _interchange("import_megatron", "Take Megatron's as a starting point."),
 }
 
 
