@@ -23,7 +23,7 @@ from full_scale.stopping import graceful, only_one
 from full_scale.trainer import Trainer
 from mutransfer.bundle import Bundle
 from mutransfer.errors import UserError
-from mutransfer.files import read_json, write_json
+from mutransfer.files import read_json, write_json, write_text
 from mutransfer.progress import Display
 from proxies.data import Corpus, prepare
 
@@ -76,6 +76,7 @@ def train(
         if taken_up and trainer.step == recipe.steps and (folder / "run.json").is_file():
             display("this run is finished already; its result:")
         else:
+            _keep(folder, bundle, corpus)
             for line in _plan(recipe, admission, notes):
                 display(line)
             with graceful() as request, Metrics(folder, step=trainer.step) as metrics, display:
@@ -103,6 +104,13 @@ def _resume(trainer: Trainer, identity: Identity, folder: Path, say: Callable[[s
     trainer.restore(checkpoint.load(path, identity, str(trainer.device)))
     say(f"going on from {path}")
     return True
+
+
+def _keep(folder: Path, bundle: Bundle, corpus: Corpus) -> None:
+    """Leaves beside the checkpoints what an export needs of the bundle and the text."""
+    bundle.save(folder / "bundle.json")
+    if (tokenizer := corpus.load_tokenizer().json) is not None:
+        write_text(folder / "tokenizer.json", tokenizer)
 
 
 def _notes(recipe: Recipe, corpus: Corpus) -> list[str]:

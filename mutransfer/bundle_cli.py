@@ -95,6 +95,46 @@ def migrate_(
     _print(f"{new}: version {bundle.schema_version}, {bundle.sha256[:12]}")
 
 
+@app.command()
+def megatron(
+    file: File,
+    accept_differences: Annotated[
+        bool,
+        typer.Option(
+            "--accept-differences", help="Print arguments that differ in init, eps or wd."
+        ),
+    ] = False,
+) -> None:
+    """Print Megatron-LM's arguments for a bundle, and where its rules are not the bundle's."""
+    from mutransfer.megatron import arguments, cannot_be_expressed, differences
+
+    bundle = Bundle.load(file)
+    for note in _verify(bundle, file, accept_unverified=True):
+        typer.echo(f"note: {_clean(note)}", err=True)
+    found = differences(bundle)
+    for difference in found:
+        typer.echo(f"differs: {_clean(str(difference))}", err=True)
+    if hopeless := cannot_be_expressed(found):
+        raise UserError(
+            "Megatron's --use-mup cannot express this bundle", where=str(file),
+            got="; ".join(map(str, hopeless)),
+            cure="Tune one with the parametrization 'megatron', or train with mutransfer.",
+        )  # fmt: skip
+    if found and not accept_differences:
+        raise UserError(
+            "Megatron's rules differ from the bundle's", where=str(file),
+            got=f"{len(found)} settings, listed above",
+            cure="Accept them with --accept-differences: the evidence is then for other rules.",
+        )  # fmt: skip
+    if any(row.optimizers.muon is not None for row in bundle.table.rows):
+        typer.echo("note: for AdamW; Muon's settings are not translated", err=True)
+    words = iter(arguments(bundle))
+    lines = [next(words)]
+    for word in words:
+        lines.append(word) if word.startswith("--") else lines.append(f"{lines.pop()} {word}")
+    typer.echo(" \\\n".join(lines))
+
+
 def _verify(bundle: Bundle, file: Path, *, accept_unverified: bool) -> tuple[str, ...]:
     """Verifies; an error names the file too."""
     try:

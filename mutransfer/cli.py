@@ -65,6 +65,11 @@ def _sweeps(attribute: str, text: str) -> Late:
     return Late(module="sweeps.cli", attribute=attribute, help=text, siblings=("proxies", "sweeps"))
 
 
+def _interchange(attribute: str, text: str) -> Late:
+    return Late(module="full_scale.interchange_cli", attribute=attribute, help=text,
+                siblings=("proxies", "full_scale"))  # fmt: skip
+
+
 COMMANDS = {
     "quickstart": Late(
         module="mutransfer.quickstart",
@@ -94,6 +99,10 @@ COMMANDS = {
         help="Train the full-size model from a bundle and a recipe.",
         siblings=("proxies", "full_scale"),
     ),
+    "export-hf": _interchange("export_hf", "Write a checkpoint as stock transformers loads it."),
+    "import-hf": _interchange("import_hf", "Take a Granite or Llama folder as a starting point."),
+    "export-megatron": _interchange("export_megatron", "Write weights under Megatron's names."),
+    "import-megatron": _interchange("import_megatron", "Take Megatron's as a starting point."),
 }
 
 

@@ -262,7 +262,8 @@ class Decoder(nn.Module):
                             got=seq_len, expected=f"at most {c.max_seq_len}")  # fmt: skip
         exponent = torch.arange(0, c.head_dim, 2, device=like.device).float() / c.head_dim
         angle = torch.outer(
-            torch.arange(seq_len, device=like.device).float(), c.rope_base**-exponent
+            torch.arange(seq_len, device=like.device).float(),
+            1.0 / c.rope_base**exponent,  # to the last bit what transformers has
         )
         return angle.cos().to(like.dtype), angle.sin().to(like.dtype)
 
