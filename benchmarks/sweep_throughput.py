@@ -45,7 +45,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from mutransfer.files import write_json
 from proxies.data import Corpus, DataConfig, open_corpus, prepare
 from proxies.decoder import Decoder, DecoderConfig
-from proxies.memory import measure_footprint
+from proxies.footprint import measure_footprint
 from proxies.population import Population
 from proxies.presets import get_preset
 from proxies.run import Runner, RunResult, RunSpec, TrainConfig, passes_in

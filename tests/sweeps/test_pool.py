@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from mutransfer.errors import UserError
-from proxies.memory import measure_footprint
+from proxies.footprint import measure_footprint
 from proxies.population import Population
 from proxies.run import Runner, RunResult, RunSpec
 from sweeps.desk import Job

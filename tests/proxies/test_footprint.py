@@ -9,7 +9,7 @@ import torch
 
 from mutransfer.errors import UserError
 from proxies.data import Corpus, DataConfig, prepare
-from proxies.memory import Footprint, _peak, free_memory, measure_footprint, require_fit
+from proxies.footprint import Footprint, _peak, free_memory, measure_footprint, require_fit
 from proxies.presets import get_preset
 from proxies.run import RunSpec, TrainConfig
 
