@@ -109,6 +109,7 @@ class Trainer:
         phase, index = self.recipe.at(self.step)
         handed_over = self._hand_over(phase)
         self.optimizers.set_lr(phase.factor(index))
+        self.model.memory = phase.memory
         loss = self._gradients(phase)
         norm = float(
             nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.clip_norm or math.inf)

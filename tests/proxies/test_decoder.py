@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from pydantic import ValidationError
@@ -16,6 +17,7 @@ from mutransfer.rules import BaseParams
 from mutransfer.table import Multipliers
 from proxies.decoder import Attention, Decoder, DecoderConfig, meta_decoder, rotate
 from proxies.layers import Plain, RMSNorm
+from proxies.presets import get_preset
 from proxies.tables import decoder_table
 
 TINY = DecoderConfig(
@@ -101,13 +103,26 @@ def test_rope_depends_on_relative_positions_only() -> None:
 
 
 def test_the_decoder_s_own_rope_has_the_config_s_base() -> None:
-    """First frequency 1, last base^(-(d-2)/d); computed in float32, hence 1e-5 at position 60."""
+    """First frequency 1, last base^(-(d-2)/d)."""
     model = decoder(TINY.model_copy(update={"rope_base": 500000.0}))
     cos, sin = model._rope(61, torch.zeros((), dtype=torch.float64))
     expected = rope(61, 8, 500000.0)
     assert cos.dtype == torch.float64
-    torch.testing.assert_close((cos, sin), expected, rtol=0, atol=1e-5)
-    assert cos[60, 0].item() == pytest.approx(math.cos(60), abs=1e-5)
+    torch.testing.assert_close((cos, sin), expected, rtol=0, atol=1e-13)
+    assert cos[60, 0].item() == pytest.approx(math.cos(60), abs=1e-13)
+
+
+def test_rope_is_exact_in_float32_up_to_position_131071() -> None:
+    """Within half a unit in the last place of cos and sin of angles in extended precision."""
+    config = get_preset("xmodel-2.5").narrow(192, n_layers=1)
+    rotation = meta_decoder(config)._rope(131072, torch.zeros((), dtype=torch.float32))
+    frequency = np.longdouble(500000) ** -(np.arange(32).astype(np.longdouble) * 2 / 64)
+    positions = np.array([1, 4096, 65537, 131071])
+    angle = positions[:, None].astype(np.longdouble) * frequency
+    for got, exact in zip(rotation, (np.cos(angle), np.sin(angle)), strict=True):
+        error = np.abs(got[positions].numpy().astype(np.longdouble) - exact)
+        # beside the rounding to float32: float64's own error of the angle, 131071 * 2^-52
+        assert (error <= np.spacing(np.abs(exact).astype(np.float32)) / 2 + 4e-11).all()
 
 
 @pytest.mark.parametrize("config", [TINY, UNTIED])
