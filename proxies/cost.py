@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from proxies.decoder import DecoderConfig
+from proxies.memory import Memory
 
 
 def flops_per_token(config: DecoderConfig, seq_len: int) -> int:
@@ -16,3 +17,14 @@ def flops_per_token(config: DecoderConfig, seq_len: int) -> int:
     multiplied = config.n_nonembedding + config.vocab_size * config.d_model
     attention = config.n_layers * seq_len * config.n_heads * config.head_dim
     return 6 * multiplied + 6 * attention
+
+
+def flops_again(config: DecoderConfig, seq_len: int, memory: Memory) -> int:
+    """Operations per token that saving memory adds: blocks and head forward, once more."""
+    again = 0
+    if memory.recompute:
+        blocks = config.n_nonembedding - config.d_model
+        again += 2 * blocks + 2 * config.n_layers * seq_len * config.n_heads * config.head_dim
+    if memory.loss_chunk is not None:
+        again += 2 * config.vocab_size * config.d_model
+    return again

@@ -46,7 +46,7 @@ def test_xmodel_takes_the_scripts_numbers() -> None:
     assert recipe.parametrization == "xmodel"
     sizes = [(p.name, p.seq_len, p.batch_size, p.micro_batch) for p in recipe.phases]
     assert sizes == [
-        ("W", 3712, 480, 5), ("S1", 3712, 480, 5), ("S2", 3712, 960, 5), ("D", 3776, 960, 5),
+        ("W", 3712, 480, 4), ("S1", 3712, 480, 4), ("S2", 3712, 960, 4), ("D", 3776, 960, 4),
         ("L8k-warmup", 8192, 960, 2), ("L8k", 8192, 960, 2), ("L16k-warmup", 16384, 240, 1),
         ("L16k", 16384, 240, 1),
     ]  # fmt: skip
@@ -101,7 +101,7 @@ def test_the_fixed_run_has_no_jump_and_the_default_rules() -> None:
     recipe = load_recipe("xmodel-2.5-fixed")
     assert recipe.parametrization == DEFAULT
     assert recipe.jumps == ()
-    assert recipe.phases[3].momentum == "seed"
+    assert recipe.phases[3].momentum == "fresh"
     assert recipe.phases[-1].lr_end * PEAK == pytest.approx(1e-5)
     # one line from 550k to 560k
     slopes = [(p.lr_start - p.lr_end) / p.steps for p in recipe.phases[-2:]]
