@@ -97,7 +97,7 @@ COMMANDS = {
     "plan": Late(
         module="mutransfer.cli",
         attribute="plan",
-        help="Say what an experiment or a run takes, before anything is spent.",
+        help="Say what a run will take, before anything is spent.",
         siblings=_SIBLINGS,
     ),
     "watch": Late(
