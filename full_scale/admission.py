@@ -72,6 +72,11 @@ def admit(bundle: Bundle, recipe: Recipe, *, accept_unverified: bool = False) ->
             model, or batch or horizon differ and no rule of the recipe converts them.
     """
     _require_same_model(bundle, recipe)
+    rules = bundle.parametrization.name
+    if recipe.parametrization not in (None, rules):
+        raise UserError("the recipe is written for another parametrization than the bundle's",
+                        where=f"recipe {recipe.name!r}", got=rules,
+                        expected=recipe.parametrization)  # fmt: skip
     notes = bundle.verify(
         accept_unverified=accept_unverified, rebuild=lambda: _table(bundle, recipe)
     )

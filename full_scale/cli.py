@@ -1,4 +1,4 @@
-"""The commands `mutransfer train` and `mutransfer preflight`."""
+"""The commands `mutransfer train`, `preflight`, `plan` and `watch`."""
 
 from __future__ import annotations
 
@@ -72,3 +72,37 @@ def preflight(
         print(f"note: {note}")
     print(f"\n{result.summary()}\n-> {folder}/preflight.png")
     return int(result.verdict == "FAIL")
+
+
+def watch(
+    run: Annotated[Path, typer.Argument(help="The run folder of `mutransfer train`.")],
+    once: Annotated[bool, typer.Option("--once", help="Show it as it stands and return.")] = False,
+    every: Annotated[float, typer.Option(min=0.1, help="Seconds between two looks.")] = 2.0,
+) -> None:
+    """Show the curves of a run in the terminal, while it goes on or after it has ended."""
+    from full_scale.watch import watch as show
+
+    show(run, once=once, every=every)
+
+
+def plan(
+    recipe: str, bundle: Path | None, gpus: int, gpu: str, mfu: float, price: float | None
+) -> None:
+    """Prints what a recipe takes; see `mutransfer plan`."""
+    from full_scale import plan as plans
+    from full_scale.admission import admit
+    from full_scale.recipe import load_recipe
+    from mutransfer.bundle import Bundle
+    from mutransfer.hardware import get_device
+
+    loaded = load_recipe(recipe)
+    if bundle is not None:
+        admission = admit(Bundle.load(bundle), loaded, accept_unverified=True)
+        for line in (*map(str, admission.conversions), *admission.notes):
+            print(f"note: {line}")
+    if gpus:
+        device = get_device(gpu)
+        made = plans.plan_gpus(loaded, gpus=gpus, device=device, mfu=mfu)
+    else:
+        made = plans.plan_here(loaded)
+    print("\n".join(plans.table(made, price)))

@@ -9,11 +9,12 @@ from pathlib import Path
 from full_scale import checkpoint
 from full_scale.checkpoint import Identity
 from full_scale.metrics import Metrics
+from full_scale.recipe import Phase
 from full_scale.stopping import Request
 from full_scale.trainer import Step, Trainer
 from mutransfer.errors import UserError
-from mutransfer.progress import Report
-from mutransfer.roles import MATRIX_ROLES
+from mutransfer.progress import Report, duration
+from proxies.cost import flops_per_token
 
 
 class Loop:
@@ -29,6 +30,7 @@ class Loop:
         metrics: The record.
         say: Takes what the user sees.
         request: Whether to stop between two steps.
+        peak_flops: FLOP/s of the device at most, of which MFU is the used share; `None`: unknown.
     """
 
     def __init__(
@@ -40,10 +42,12 @@ class Loop:
         metrics: Metrics,
         say: Report,
         request: Request,
+        peak_flops: float | None = None,
     ) -> None:
         self.trainer, self.identity = trainer, identity
         self.checkpoints = folder / "checkpoints"
         self.metrics, self.say, self.request = metrics, say, request
+        self.peak_flops = peak_flops
         self._seconds, self._tokens = 0.0, 0
 
     def run(self) -> bool:
@@ -58,17 +62,19 @@ class Loop:
             number = trainer.step + 1
             ends = index + 1 == phase.steps
             log = number % recipe.log_every == 0 or index == 0 or ends
+            hands_over = trainer.optimizers.kind != phase.optimizer
             before = trainer.update_rms
+            groups = trainer.group_settings() if hands_over else {}
             started = time.perf_counter()
             step = trainer.train_step(measure=log)
             self._seconds += time.perf_counter() - started
             self._tokens += phase.batch_tokens
             if step.handed_over:
-                self._log_hand_over(before, step)
+                self._log_hand_over(before, groups, step)
             if step.skipped:
                 self._log_skipped(step)
             elif log:
-                self._log(step, phase.name, phase.factor(index))
+                self._log(step, phase, index)
             if ends or _due(number, recipe.evaluate_every):
                 self._evaluate(phase.name)
             last = number == recipe.steps
@@ -95,33 +101,45 @@ class Loop:
         self._record("heldout", phase=phase, loss=loss)
         self.say(f"{phase} · step {self.trainer.step} · held-out loss {loss:.4f}")
 
-    def _log(self, step: Step, phase: str, factor: float) -> None:
+    def _log(self, step: Step, phase: Phase, index: int) -> None:
+        trainer, recipe = self.trainer, self.trainer.recipe
         speed = self._tokens / self._seconds
         self._seconds, self._tokens = 0.0, 0
+        used = None
+        if self.peak_flops is not None:
+            used = speed * flops_per_token(recipe.model, phase.seq_len) / self.peak_flops
+        left = (phase.steps - index - 1) * phase.batch_tokens / speed
         self._record(
             "train",
-            phase=phase,
+            phase=phase.name,
             loss=step.loss,
             grad_norm=step.grad_norm,
-            lr_factor=factor,
-            lr=self.trainer.learning_rates(),
+            lr_factor=phase.factor(index),
+            lr=trainer.learning_rates(),
             update_rms=step.update_rms,
+            attention_logit=step.attention_logit,
             tokens_per_s=speed,
-            skipped=self.trainer.skipped,
+            mfu=used,
+            phase_seconds_left=left,
+            skipped=trainer.skipped,
         )
-        trainer, recipe = self.trainer, self.trainer.recipe
+        share = "" if used is None else f" · MFU {used:.1%}"
         self.say(
-            f"{phase} · step {trainer.step} of {recipe.steps} · loss {step.loss:.4f} · "
-            f"{speed:,.0f} tok/s", trainer.tokens / recipe.horizon_tokens
-        )  # fmt: skip
+            f"{phase.name} · step {trainer.step:,} of {recipe.steps:,} · loss {step.loss:.4f} · "
+            f"{speed:,.0f} tok/s{share} · phase left {duration(left)}",
+            trainer.tokens / recipe.horizon_tokens,
+        )
 
-    def _log_hand_over(self, before: dict[str, float], step: Step) -> None:
+    def _log_hand_over(
+        self, before: dict[str, float], groups: dict[str, dict[str, float]], step: Step
+    ) -> None:
         after = step.update_rms or {}
         changes = {
             role: {"adamw": before.get(role), "muon": after.get(role)}
-            for role in sorted(MATRIX_ROLES)
+            for role in sorted(before.keys() | after.keys())
         }
-        self._record("hand_over", update_rms=changes)
+        settings = {"adamw": groups, "muon": self.trainer.group_settings()}
+        self._record("hand_over", update_rms=changes, groups=settings)
         shown = ", ".join(
             f"{role} {_number(rms['adamw'])} → {_number(rms['muon'])}"
             for role, rms in changes.items()

@@ -19,6 +19,7 @@ from mutransfer.schedule import Shape, interpolate
 from mutransfer.schema import MAX_INTEGER, find_shipped, parse, read_toml
 from proxies.data import DataConfig
 from proxies.decoder import DecoderConfig
+from proxies.memory import Memory
 from proxies.presets import get_preset
 
 _RECORD = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
@@ -45,6 +46,12 @@ class Phase(BaseModel):
     momentum: Momentum = Field(
         "seed", description="Muon's first momentum, where this phase begins with the hand-over"
     )
+    recompute: bool = Field(
+        False, description="whether blocks are computed again in the backward pass, to save memory"
+    )
+    loss_chunk: int | None = Field(
+        None, ge=1, description="tokens whose logits exist at a time; None: of all of micro_batch"
+    )
 
     @model_validator(mode="after")
     def _coherent(self) -> Self:
@@ -63,6 +70,11 @@ class Phase(BaseModel):
     def micro(self) -> int:
         """Sequences per forward pass."""
         return self.micro_batch or self.batch_size
+
+    @property
+    def memory(self) -> Memory:
+        """What its passes compute twice."""
+        return Memory(loss_chunk=self.loss_chunk, recompute=self.recompute)
 
     @property
     def batch_tokens(self) -> int:
@@ -102,6 +114,9 @@ class Recipe(BaseModel):
 
     name: str = Field(pattern=_NAME, description="names the run folder")
     model: DecoderConfig = Field(description="a preset's name or a table; the bundle's target")
+    parametrization: str | None = Field(
+        None, description="name of the rules that the bundle must be of; None: any"
+    )
     data: DataConfig = Field(DataConfig(), description="the text")
     conversion: Conversion = Field(
         default_factory=Conversion, description="rules for another batch or horizon"

@@ -24,6 +24,7 @@ from full_scale.trainer import Trainer
 from mutransfer.bundle import Bundle
 from mutransfer.errors import UserError
 from mutransfer.files import read_json, write_json, write_text
+from mutransfer.hardware import peak_flops
 from mutransfer.progress import Display
 from proxies.data import Corpus, prepare
 
@@ -83,6 +84,7 @@ def train(
                 finished = Loop(
                     trainer=trainer, identity=identity, folder=folder, metrics=metrics,
                     say=display, request=request,
+                    peak_flops=peak_flops(str(trainer.device), recipe.precision),
                 ).run()  # fmt: skip
             if not finished:
                 display(

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from full_scale.attention_logits import watched
 from full_scale.checkpoint import Checkpoint, Identity, State
 from full_scale.recipe import Phase, Recipe
 from mutransfer.apply import initialize
@@ -29,6 +31,7 @@ class Step:
         skipped: Whether loss or gradient was not finite, so that nothing was updated.
         handed_over: Whether the hidden matrices went from AdamW to Muon before this step.
         update_rms: Root mean square of the weights' change by role, where it was measured.
+        attention_logit: The largest of the first micro-batch, where it was measured.
     """
 
     loss: float
@@ -36,6 +39,7 @@ class Step:
     skipped: bool
     handed_over: bool
     update_rms: dict[str, float] | None
+    attention_logit: float | None = None
 
 
 class Trainer:
@@ -104,12 +108,14 @@ class Trainer:
         counts as consumed.
 
         Args:
-            measure: Whether to measure the change of the weights, at the cost of a copy of them.
+            measure: Whether to measure the change of the weights, at the cost of a copy of them,
+                and the largest attention logit.
         """
         phase, index = self.recipe.at(self.step)
         handed_over = self._hand_over(phase)
         self.optimizers.set_lr(phase.factor(index))
-        loss = self._gradients(phase)
+        self.model.memory = phase.memory
+        loss, logit = self._gradients(phase, measure)
         norm = float(
             nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.clip_norm or math.inf)
         )
@@ -125,7 +131,7 @@ class Trainer:
         self.skipped += skipped
         self.skipped_in_a_row = self.skipped_in_a_row + 1 if skipped else 0
         return Step(loss=loss, grad_norm=norm, skipped=skipped, handed_over=handed_over,
-                    update_rms=update_rms)  # fmt: skip
+                    update_rms=update_rms, attention_logit=logit)  # fmt: skip
 
     @torch.no_grad()
     def evaluate(self) -> float:
@@ -137,14 +143,17 @@ class Trainer:
 
     def learning_rates(self) -> dict[str, float]:
         """The learning rate of each parameter group now, by the roles in it."""
-        rates: dict[str, float] = {}
-        for group in self.optimizers.groups:
-            roles = sorted({self._rows[name].role for name in group["param_names"]})
-            label = "+".join(roles)
-            if label in rates:  # the same roles at another width: told apart by a parameter
-                label = f"{label} ({group['param_names'][0]})"
-            rates[label] = float(group["lr"])
-        return rates
+        return {label: float(group["lr"]) for label, group in self._labelled_groups().items()}
+
+    def group_settings(self) -> dict[str, dict[str, float]]:
+        """Of each parameter group, by the roles in it: peak lr, and the shrinkage lr * wd there."""
+        return {
+            label: {
+                "peak_lr": group["peak_lr"],
+                "lr_times_weight_decay": group["peak_lr"] * group["weight_decay"],
+            }
+            for label, group in self._labelled_groups().items()
+        }
 
     def snapshot(self, identity: Identity) -> Checkpoint:
         """All that the rest of the run depends on; the tensors are shared, not copied."""
@@ -196,6 +205,16 @@ class Trainer:
         self.step, self.skipped = state.step, state.skipped
         self.skipped_in_a_row, self.update_rms = state.skipped_in_a_row, dict(state.update_rms)
 
+    def _labelled_groups(self) -> dict[str, dict[str, Any]]:
+        """The parameter groups by the roles in them."""
+        groups: dict[str, dict[str, Any]] = {}
+        for group in self.optimizers.groups:
+            label = "+".join(sorted({self._rows[name].role for name in group["param_names"]}))
+            if label in groups:  # the same roles at another width: told apart by a parameter
+                label = f"{label} ({group['param_names'][0]})"
+            groups[label] = group
+        return groups
+
     def _hand_over(self, phase: Phase) -> bool:
         """Moves the hidden matrices to Muon where `phase` is the first that wants them there."""
         if self.optimizers.kind == phase.optimizer:
@@ -203,15 +222,21 @@ class Trainer:
         self.optimizers.hand_over(phase.momentum)
         return True
 
-    def _gradients(self, phase: Phase) -> float:
-        """Accumulates the gradients of the step's batch; returns its mean loss."""
+    def _gradients(self, phase: Phase, measure: bool) -> tuple[float, float | None]:
+        """Accumulates the gradients of the step's batch.
+
+        Returns:
+            The batch's mean loss and, if to be measured, the first part's largest attention logit.
+        """
         parts = self.batch(self.step).split(phase.micro)
-        total = torch.zeros((), device=self.device)
-        for part in parts:
-            loss = self._loss(part) / len(parts)
+        total, logit = torch.zeros((), device=self.device), None
+        for number, part in enumerate(parts):
+            with watched(self.model, measure and number == 0) as seen:
+                loss = self._loss(part) / len(parts)
+            logit = logit if seen.value is None else float(seen.value)
             loss.backward()
             total += loss.detach()
-        return float(total)
+        return float(total), logit
 
     def _loss(self, tokens: Tensor) -> Tensor:
         bf16 = self.recipe.precision == "bf16"

@@ -103,7 +103,58 @@ COMMANDS = {
     "import-hf": _interchange("import_hf", "Take a Granite or Llama folder as a starting point."),
     "export-megatron": _interchange("export_megatron", "Write weights under Megatron's names."),
     "import-megatron": _interchange("import_megatron", "Take Megatron's as a starting point."),
+    "plan": Late(
+        module="mutransfer.cli",
+        attribute="plan",
+        help="Say what a run will take, before anything is spent.",
+        siblings=_SIBLINGS,
+    ),
+    "watch": Late(
+        module="full_scale.cli",
+        attribute="watch",
+        help="Show the curves of a run in the terminal.",
+        siblings=("proxies", "full_scale"),
+    ),
 }
+
+
+def plan(
+    experiment: Annotated[
+        str | None, typer.Argument(help="An experiment: a .toml file or a shipped one's name.")
+    ] = None,
+    recipe: Annotated[
+        str | None, typer.Option(help="A recipe: a .toml file or a shipped one's name.")
+    ] = None,
+    bundle: Annotated[str | None, typer.Option(help="The bundle that the recipe takes.")] = None,
+    gpus: Annotated[
+        int, typer.Option(min=0, max=100000, help="How many; 0: this processor, timed.")
+    ] = 0,
+    gpu: Annotated[str, typer.Option(help="Their kind.")] = "h100",
+    mfu: Annotated[
+        float, typer.Option(min=0.01, max=1.0, help="Share of the GPUs' peak that is used.")
+    ] = 0.4,
+    price_per_hour: Annotated[
+        float | None, typer.Option(min=0.0, help="Of one device, in any currency.")
+    ] = None,
+) -> None:
+    """Say what an experiment or a run takes: tokens, FLOPs, memory, hours and cost."""
+    from pathlib import Path
+
+    if (experiment is None) == (recipe is None):
+        raise UserError("name an experiment or a --recipe", where="mutransfer plan",
+                        got="neither" if recipe is None else "both")  # fmt: skip
+    if recipe is not None:
+        from full_scale.cli import plan as plan_recipe
+
+        plan_recipe(recipe, Path(bundle) if bundle else None, gpus, gpu, mfu, price_per_hour)
+        return
+    from mutransfer.hardware import get_device
+    from sweeps.experiment import load_experiment
+    from sweeps.plan import plan_experiment, table
+
+    planned = plan_experiment(load_experiment(str(experiment)), gpus=gpus, mfu=mfu,
+                              device=get_device(gpu) if gpus else None)  # fmt: skip
+    print("\n".join(table(planned, price_per_hour)))
 
 
 class _LateGroup(TyperGroup):

@@ -6,6 +6,7 @@ Written over (..., batch, seq, d_model): leading dimensions pass through untouch
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from mutransfer.errors import UserError
 from mutransfer.table import Multipliers
 from proxies.layers import LayerSet, Plain
+from proxies.memory import Memory, chunked_loss, twice, wide
 
 
 class DecoderConfig(BaseModel):
@@ -196,7 +198,12 @@ class Decoder(nn.Module):
     Args:
         config: Its shape.
         layers: Where its layers come from; plain torch by default.
+
+    Attributes:
+        memory: What passes with gradients compute twice; nothing unless a trainer says so.
     """
+
+    memory = Memory()
 
     def __init__(self, config: DecoderConfig, layers: LayerSet | None = None) -> None:
         super().__init__()
@@ -225,8 +232,10 @@ class Decoder(nn.Module):
         residual, scale = self.residual_multiplier, self.attention_multiplier
         x = self.embedding(tokens) * self.embedding_multiplier
         cos, sin = self._rope(tokens.shape[-1], x)
+        again = self.memory.recompute and torch.is_grad_enabled()
         for block in self.layers:
-            x = block(x, cos, sin, residual, scale)
+            given = (x, cos, sin, residual, scale)
+            x = twice(block, *given) if again else block(*given)
         state: Tensor = self.norm(x) * self.output_multiplier
         return state
 
@@ -236,16 +245,16 @@ class Decoder(nn.Module):
         Raises:
             UserError: The sequence is longer than `max_seq_len`.
         """
-        head = self.embedding.logits if self.config.tied else self.head
-        logits: Tensor = head(self.hidden(tokens))  # type: ignore[operator]
-        return logits
+        return self._head()(self.hidden(tokens))
 
     def loss(self, tokens: Tensor) -> Tensor:
         """Mean next-token cross-entropy in nats.
 
         Shapes: tokens (..., batch, seq + 1) -> scalar.
         """
-        return next_token_loss(self(tokens[..., :-1]), tokens)
+        if (chunk := self.memory.loss_chunk) is None:
+            return next_token_loss(self(tokens[..., :-1]), tokens)
+        return chunked_loss(self.hidden(tokens[..., :-1]), self._head(), tokens[..., 1:], chunk)
 
     def losses(self, tokens: Tensor) -> Tensor:
         """The loss of each model of a stack (`proxies.stacked`).
@@ -254,8 +263,19 @@ class Decoder(nn.Module):
         """
         return next_token_losses(self(tokens[..., :-1]), tokens)
 
+    def _head(self) -> Callable[[Tensor], Tensor]:
+        """State to logits."""
+        head: Callable[[Tensor], Tensor] = (
+            self.embedding.logits if self.config.tied else self.head  # type: ignore[assignment]
+        )
+        return head
+
     def _rope(self, seq_len: int, like: Tensor) -> tuple[Tensor, Tensor]:
-        """cos and sin of every position and frequency: (seq, head_dim / 2), computed in fp32."""
+        """cos and sin of every position and frequency: (seq, head_dim / 2).
+
+        Angles are float32's, to the last bit those of `transformers`, which runs what we export:
+        at position 131,071 the fastest may be off by 0.016, there as here.
+        """
         c = self.config
         if seq_len > c.max_seq_len:
             raise UserError("sequence is longer than the model's positions", where="seq_len",
@@ -263,7 +283,7 @@ class Decoder(nn.Module):
         exponent = torch.arange(0, c.head_dim, 2, device=like.device).float() / c.head_dim
         angle = torch.outer(
             torch.arange(seq_len, device=like.device).float(),
-            1.0 / c.rope_base**exponent,  # to the last bit what transformers has
+            1.0 / c.rope_base**exponent,
         )
         return angle.cos().to(like.dtype), angle.sin().to(like.dtype)
 
@@ -289,7 +309,7 @@ def next_token_losses(logits: Tensor, tokens: Tensor) -> Tensor:
 
 def _wide(x: Tensor) -> Tensor:
     """In fp32 at least."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+    return x.to(wide(x.dtype))
 
 
 def meta_decoder(config: DecoderConfig) -> Decoder:

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map_only
 
 from mutransfer.errors import UserError
+from proxies.allocation import LiveStorages
 from proxies.data import Corpus
 from proxies.population import Population
 from proxies.run import RunSpec
@@ -103,40 +99,6 @@ def _peak(corpus: Corpus, specs: Sequence[RunSpec], device: str) -> int:
         torch.cuda.reset_peak_memory_stats(device)
         train()
         return int(torch.cuda.max_memory_allocated(device)) - before
-    seen = _Allocations()
-    with seen:
-        train()
-    return seen.peak
-
-
-class _Allocations(TorchDispatchMode):
-    """Follows the storages that operations make; `peak` is the most bytes alive at once."""
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.peak = self._alive = 0
-        self._seen = weakref.WeakKeyDictionary[Any, bool]()
-
-    def __torch_dispatch__(
-        self,
-        func: Any,
-        types: Any,
-        args: Sequence[Any] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
-        out = func(*args, **(kwargs or {}))
-        tree_map_only(Tensor, self._see, out)
-        return out
-
-    def _see(self, tensor: Tensor) -> None:
-        storage = tensor.untyped_storage()
-        if storage in self._seen:
-            return
-        self._seen[storage] = True
-        size = storage.nbytes()
-        self._alive += size
-        self.peak = max(self.peak, self._alive)
-        weakref.finalize(storage, self._drop, size)
-
-    def _drop(self, size: int) -> None:
-        self._alive -= size
+    with LiveStorages() as live:
+        peak: int = live.added(train)
+        return peak

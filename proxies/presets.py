@@ -18,6 +18,9 @@ XMODEL_2_5 = DecoderConfig(
 )
 """Xmodel-2.5 (2511.19496): 1,350,059,520 parameters."""
 
+ONE_B = XMODEL_2_5.model_copy(update={"n_layers": 40, "vocab_size": 65536})
+"""A model of 1,060,234,752 parameters that a small team can train on 100B tokens."""
+
 TINY = DecoderConfig(
     d_model=256,
     n_layers=2,
@@ -34,6 +37,7 @@ PRESETS: dict[str, DecoderConfig] = {
     "xmodel-2.5": XMODEL_2_5,
     "proxy-20m": XMODEL_2_5.narrow(192),
     "proxy-20m-wide": XMODEL_2_5.narrow(384, n_layers=12),
+    "1b": ONE_B,
     **{f"tiny-{d_model}": TINY.narrow(d_model) for d_model in (32, 64, 128, 256)},
 }
 

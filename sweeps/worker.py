@@ -16,8 +16,8 @@ from typing import Protocol
 
 from mutransfer.progress import duration
 from proxies.data import open_corpus
-from proxies.member_file import load_member, save_member
 from proxies.footprint import free_memory, measure_footprint, megabytes, require_fit
+from proxies.member_file import load_member, save_member
 from proxies.population import Member, Population
 from proxies.run import RunResult, RunSpec
 

@@ -137,3 +137,13 @@ def test_another_depth_than_the_base_s_is_noted(
         table=decoder_table(TARGET, shallow, params),
     )
     assert "the target has 2 layers, the base 1" in "".join(admit(deeper, recipe).notes)
+
+
+def test_a_bundle_of_other_rules_than_the_recipe_s_is_refused(
+    bundle: Bundle, recipe: Recipe
+) -> None:
+    own = recipe.model_copy(update={"parametrization": bundle.parametrization.name})
+    assert admit(bundle, own, accept_unverified=True).table == bundle.table
+    other = recipe.model_copy(update={"parametrization": "xmodel"})
+    with pytest.raises(UserError, match=r"another parametrization .*completep-tied.*xmodel"):
+        admit(bundle, other, accept_unverified=True)

@@ -52,7 +52,8 @@ def record(folder: Path) -> list[Record]:
     """The run's record without what depends on the clock."""
     lines = read_metrics(folder)
     for line in lines:
-        line.pop("tokens_per_s", None)
+        for name in ("tokens_per_s", "mfu", "phase_seconds_left"):
+            line.pop(name, None)
     return lines
 
 
@@ -100,10 +101,21 @@ def test_a_run_leaves_its_result_behind(
     assert content["hand_over"]["step"] == 10
     assert content["hand_over"]["update_rms"]["hidden"]["adamw"] > 0
     assert content["hand_over"]["update_rms"]["hidden"]["muon"] > 0
+    assert content["hand_over"]["update_rms"].keys() >= {"embedding", "gain", "final_gain"}
+    groups = content["hand_over"]["groups"]
+    for role in ("embedding", "gain+final_gain"):  # stays as it is
+        assert groups["adamw"].get(role) == groups["muon"].get(role)
+    old, new = (groups[kind]["hidden+hidden_out"] for kind in ("adamw", "muon"))
+    assert new["peak_lr"] == pytest.approx(old["peak_lr"] * 2**0.5)  # n/sqrt(2) after n/2
+    assert new["lr_times_weight_decay"] == pytest.approx(old["lr_times_weight_decay"])
     lines = read_metrics(folder)
     assert [x["step"] for x in lines if x["kind"] == "train"] == [
         1, 2, 3, 4, 6, 7, 8, 9, 10, 12, 13, 14, 16,
     ]  # every second, and where a phase starts or ends  # fmt: skip
+    for line in (x for x in lines if x["kind"] == "train"):
+        assert line["attention_logit"] > 0
+        assert line["mfu"] > 0
+        assert line["phase_seconds_left"] >= 0
     assert [x["step"] for x in lines if x["kind"] == "heldout"] == [2, 6, 9, 13, 16]
     names = [path.name for path in checkpoint.found(folder / "checkpoints")]
     assert names == [f"step-{n:08d}" for n in (10, 15, 16)]

@@ -313,6 +313,35 @@ def test_the_seeded_step_is_muon_s_on_the_averaged_gradient() -> None:
     assert ((update - expected).norm() / expected.norm()).item() < 3e-5
 
 
+def test_muon_makes_q_k_v_gate_and_up_orthogonal_each_by_itself() -> None:
+    """Each update has the direction of its own Newton-Schulz, and not of one over q, k and v."""
+    model = decoder()
+    optimizers = Optimizers(model, TABLE, "muon")
+    before = {fqn: p.detach().clone() for fqn, p in model.named_parameters()}
+    gradients = {}
+    for index, (fqn, p) in enumerate(model.named_parameters()):
+        scale = 10.0 if ".q." in fqn or ".gate." in fqn else 1.0  # would rule a fused matrix
+        p.grad = scale * torch.randn(p.shape, generator=torch.Generator().manual_seed(index))
+        gradients[fqn] = p.grad.clone()
+    optimizers.step()
+
+    def alignment(fqn: str, direction: Tensor) -> float:
+        row = TABLE.row(fqn).optimizers.muon
+        assert row is not None
+        change = before[fqn] * (1 - row.lr_times_weight_decay) - model.get_parameter(fqn).detach()
+        pair = change.double().flatten(), direction.flatten()
+        return torch.nn.functional.cosine_similarity(*pair, dim=0).item()
+
+    for fused in (("attention.q", "attention.k", "attention.v"), ("mlp.gate", "mlp.up")):
+        names = [f"layers.1.{name}.weight" for name in fused]
+        parts = [gradients[name] for name in names]
+        together = newton_schulz(torch.cat(parts)).split([len(part) for part in parts])
+        for name, part, shared in zip(names, parts, together, strict=True):
+            assert alignment(name, newton_schulz(part)) > 0.99, name
+            if name is not names[0]:  # the large one rules the fused matrix
+                assert alignment(name, shared) < 0.99, name
+
+
 def test_the_hand_over_happens_once() -> None:
     optimizers = Optimizers(decoder(), TABLE)
     optimizers.hand_over()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from pydantic import ValidationError
@@ -16,6 +17,7 @@ from mutransfer.rules import BaseParams
 from mutransfer.table import Multipliers
 from proxies.decoder import Attention, Decoder, DecoderConfig, meta_decoder, rotate
 from proxies.layers import Plain, RMSNorm
+from proxies.presets import get_preset
 from proxies.tables import decoder_table
 
 TINY = DecoderConfig(
@@ -108,6 +110,18 @@ def test_the_decoder_s_own_rope_has_the_config_s_base() -> None:
     assert cos.dtype == torch.float64
     torch.testing.assert_close((cos, sin), expected, rtol=0, atol=1e-5)
     assert cos[60, 0].item() == pytest.approx(math.cos(60), abs=1e-5)
+
+
+def test_rope_at_position_131071_is_as_good_as_float32_angles() -> None:
+    """Half a unit in the last place of the frequency, times the position, and one of the angle."""
+    config = get_preset("xmodel-2.5").narrow(192, n_layers=1)
+    rotation = meta_decoder(config)._rope(131072, torch.zeros((), dtype=torch.float32))
+    frequency = np.longdouble(500000) ** -(np.arange(32).astype(np.longdouble) * 2 / 64)
+    positions = np.array([1, 4096, 65537, 131071])
+    angle = positions[:, None].astype(np.longdouble) * frequency
+    for got, exact in zip(rotation, (np.cos(angle), np.sin(angle)), strict=True):
+        error = np.abs(got[positions].numpy().astype(np.longdouble) - exact)
+        assert (error <= 2 * angle * 2.0**-24 + 2 * angle * 2.0**-24 + 2.0**-23).all()
 
 
 @pytest.mark.parametrize("config", [TINY, UNTIED])
