@@ -44,7 +44,7 @@ class Loop:
         self.trainer, self.identity = trainer, identity
         self.checkpoints = folder / "checkpoints"
         self.metrics, self.say, self.request = metrics, say, request
-        self._seconds, self._tokens = 0.0, 0
+        self._seconds, self._tokens, self._waited = 0.0, 0, trainer.waited
 
     def run(self) -> bool:
         """Whether the run reached its end; if not, it was saved where it stopped.
@@ -96,8 +96,9 @@ class Loop:
         self.say(f"{phase} · step {self.trainer.step} · held-out loss {loss:.4f}")
 
     def _log(self, step: Step, phase: str, factor: float) -> None:
-        speed = self._tokens / self._seconds
-        self._seconds, self._tokens = 0.0, 0
+        speed, waited = self._tokens / self._seconds, self.trainer.waited
+        share = (waited - self._waited) / self._seconds
+        self._seconds, self._tokens, self._waited = 0.0, 0, waited
         self._record(
             "train",
             phase=phase,
@@ -107,6 +108,8 @@ class Loop:
             lr=self.trainer.learning_rates(),
             update_rms=step.update_rms,
             tokens_per_s=speed,
+            data_wait=share,
+            data_tokens=self.trainer.feed.consumed(self.trainer.step),
             skipped=self.trainer.skipped,
         )
         trainer, recipe = self.trainer, self.trainer.recipe

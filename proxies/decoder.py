@@ -115,14 +115,18 @@ class Attend(nn.Module):
     Shapes: q (..., n_heads, seq, head_dim), k and v (..., n_kv_heads, seq, head_dim).
     """
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """The scale is in `q` already."""
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+        """The scale is in `q` already; a `mask` (..., 1, seq, seq) takes the place of causality."""
         repeat = q.shape[-3] // k.shape[-3]
         if repeat > 1:
             k, v = k.repeat_interleave(repeat, dim=-3), v.repeat_interleave(repeat, dim=-3)
         # torch's fast kernels know one batch dimension
         q4, k4, v4 = (t.flatten(0, -4) if t.dim() > 4 else t for t in (q, k, v))
-        mixed = F.scaled_dot_product_attention(q4, k4, v4, is_causal=True, scale=1.0)
+        if mask is not None:
+            mask = mask.flatten(0, -4) if mask.dim() > 4 else mask
+            mixed = F.scaled_dot_product_attention(q4, k4, v4, attn_mask=mask, scale=1.0)
+        else:
+            mixed = F.scaled_dot_product_attention(q4, k4, v4, is_causal=True, scale=1.0)
         return mixed.view(*q.shape[:-1], v.shape[-1]) if q.dim() > 4 else mixed
 
 
@@ -139,14 +143,16 @@ class Attention(nn.Module):
         self.o = layers.linear(c.n_heads * c.head_dim, c.d_model)
         self.attend = Attend()
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, scale: Tensor) -> Tensor:
-        """Attends causally; `scale` is the whole softmax scale."""
+    def forward(
+        self, x: Tensor, cos: Tensor, sin: Tensor, scale: Tensor, mask: Tensor | None = None
+    ) -> Tensor:
+        """Attends causally, or by `mask`; `scale` is the whole softmax scale."""
         q, k, v = (
             proj(x).unflatten(-1, (-1, self.head_dim)).transpose(-3, -2)
             for proj in (self.q, self.k, self.v)
         )
         q = rotate(q, cos, sin) * scale
-        mixed = self.attend(q, rotate(k, cos, sin), v)
+        mixed = self.attend(q, rotate(k, cos, sin), v, mask)
         out: Tensor = self.o(mixed.transpose(-3, -2).flatten(-2))
         return out
 
@@ -177,10 +183,16 @@ class Block(nn.Module):
         self.mlp = MLP(config, layers)
 
     def forward(
-        self, x: Tensor, cos: Tensor, sin: Tensor, residual: Tensor, scale: Tensor
+        self,
+        x: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        residual: Tensor,
+        scale: Tensor,
+        mask: Tensor | None = None,
     ) -> Tensor:
         """Shapes: (..., batch, seq, d_model) -> the same."""
-        attended = self.attention(self.attention_norm(x), cos, sin, scale)
+        attended = self.attention(self.attention_norm(x), cos, sin, scale, mask)
         x = x + residual.to(attended.dtype) * attended
         fed = self.mlp(self.mlp_norm(x))
         out: Tensor = x + residual.to(fed.dtype) * fed
@@ -217,35 +229,42 @@ class Decoder(nn.Module):
         for name, value in multipliers:
             self.get_buffer(f"{name}_multiplier").fill_(value)
 
-    def hidden(self, tokens: Tensor) -> Tensor:
+    def hidden(self, tokens: Tensor, documents: Tensor | None = None) -> Tensor:
         """The state that the head reads, multiplier included.
 
-        Shapes: tokens (..., batch, seq) -> (..., batch, seq, d_model).
+        With `documents`, the number of each token's document, attention stays within each.
+        Positions run on through the sequence: RoPE sees differences of positions alone, so that
+        within a document nothing depends on where it begins.
+
+        Shapes: tokens and documents (..., batch, seq) -> (..., batch, seq, d_model).
         """
         residual, scale = self.residual_multiplier, self.attention_multiplier
         x = self.embedding(tokens) * self.embedding_multiplier
         cos, sin = self._rope(tokens.shape[-1], x)
+        mask = None if documents is None else within_documents(documents)
         for block in self.layers:
-            x = block(x, cos, sin, residual, scale)
+            x = block(x, cos, sin, residual, scale, mask)
         state: Tensor = self.norm(x) * self.output_multiplier
         return state
 
-    def forward(self, tokens: Tensor) -> Tensor:
+    def forward(self, tokens: Tensor, documents: Tensor | None = None) -> Tensor:
         """Logits. Shapes: tokens (..., batch, seq) -> (..., batch, seq, vocab_size).
 
         Raises:
             UserError: The sequence is longer than `max_seq_len`.
         """
         head = self.embedding.logits if self.config.tied else self.head
-        logits: Tensor = head(self.hidden(tokens))  # type: ignore[operator]
+        logits: Tensor = head(self.hidden(tokens, documents))  # type: ignore[operator]
         return logits
 
-    def loss(self, tokens: Tensor) -> Tensor:
-        """Mean next-token cross-entropy in nats.
+    def loss(self, tokens: Tensor, documents: Tensor | None = None) -> Tensor:
+        """Mean next-token cross-entropy in nats; see `hidden` for `documents`.
 
-        Shapes: tokens (..., batch, seq + 1) -> scalar.
+        The last token of a document is asked for the first of the next one, masked or not.
+
+        Shapes: tokens (..., batch, seq + 1), documents (..., batch, seq) -> scalar.
         """
-        return next_token_loss(self(tokens[..., :-1]), tokens)
+        return next_token_loss(self(tokens[..., :-1], documents), tokens)
 
     def losses(self, tokens: Tensor) -> Tensor:
         """The loss of each model of a stack (`proxies.stacked`).
@@ -265,6 +284,15 @@ class Decoder(nn.Module):
             torch.arange(seq_len, device=like.device).float(), c.rope_base**-exponent
         )
         return angle.cos().to(like.dtype), angle.sin().to(like.dtype)
+
+
+def within_documents(documents: Tensor) -> Tensor:
+    """Where attention may look: back, and within a document.
+
+    Shapes: documents (..., batch, seq) -> boolean (..., batch, 1, seq, seq).
+    """
+    same = documents.unsqueeze(-1) == documents.unsqueeze(-2)
+    return same.tril().unsqueeze(-3)
 
 
 def next_token_loss(logits: Tensor, tokens: Tensor) -> Tensor:
