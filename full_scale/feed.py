@@ -93,8 +93,7 @@ def _like(data: DataConfig, source: SourceConfig, folder: Path) -> DataConfig:
     """The config that tokenizes a source as `data` was; one trained BPE serves all sources."""
     tokenizer = str(folder / "tokenizer.json") if data.tokenizer == "bpe" else data.tokenizer
     return data.model_copy(
-        update={"train": source.text, "text_field": source.text_field,
-                "max_bytes": source.max_bytes, "tokenizer": tokenizer}
+        update={"train": source.text, "max_bytes": source.max_bytes, "tokenizer": tokenizer}
     )  # fmt: skip
 
 

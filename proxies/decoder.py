@@ -152,7 +152,8 @@ class Attention(nn.Module):
             for proj in (self.q, self.k, self.v)
         )
         q = rotate(q, cos, sin) * scale
-        mixed = self.attend(q, rotate(k, cos, sin), v, mask)
+        heads = (q, rotate(k, cos, sin), v)
+        mixed = self.attend(*heads) if mask is None else self.attend(*heads, mask)
         out: Tensor = self.o(mixed.transpose(-3, -2).flatten(-2))
         return out
 

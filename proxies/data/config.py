@@ -106,11 +106,8 @@ class SourceConfig(BaseModel):
     )
     text: tuple[Source, ...] = Field(
         default=(),
-        description="Text, JSONL or Parquet: files, folders, globs, as in `data.train`; it is "
-        "tokenized as `data` is, and no document of `data.heldout` may be in it.",
-    )
-    text_field: str = Field(
-        default="text", min_length=1, description="Field or column of `text` that holds the text."
+        description="Text, JSONL or Parquet: files, folders, globs, as in `data.train`; it is read "
+        "and tokenized as `data` is, and no document of `data.heldout` may be in it.",
     )
     max_bytes: int | None = Field(
         default=None, ge=1, description="Bytes read from `text`; None: all of it."

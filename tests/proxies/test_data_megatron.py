@@ -97,7 +97,7 @@ def test_documents_of_several_sequences_and_of_none(tmp_path: Path) -> None:
         ({"lengths": [], "borders": [0]}, "the source is empty; got no sequence"),
         ({"lengths": [0, 0]}, "the source is empty; got no token in 2 sequences"),
         ({"lengths": [6, -1]}, "negative length; got -1 at sequence 1"),
-        ({"pointers": [0, 12]}, "does not follow from the lengths; got 12 at sequence 1; expected 8"),
+        ({"pointers": [0, 12]}, "does not follow .*; got 12 at sequence 1; expected 8"),
         ({"pointers": [4, 12]}, "does not follow from the lengths; got 4 at sequence 0"),
         ({"pointers": [0, 2**62]}, "does not follow from the lengths"),
         ({"borders": []}, "document borders"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from fractions import Fraction
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -194,7 +195,7 @@ def test_no_token_comes_twice_within_an_epoch() -> None:
     # an epoch has 307 tokens: windows that begin in it are 62, then 61 or 62
     tokens = run.take(0, 0, 200).tokens
     borders = [-(-epoch * 307 // 5) for epoch in range(4)]
-    epochs = [tokens[a:b] for a, b in zip(borders, borders[1:], strict=False)]
+    epochs = [tokens[a:b] for a, b in pairwise(borders)]
     for epoch in epochs:
         firsts = epoch[:, 0].tolist()
         assert len(set(firsts)) == len(firsts) >= 61
@@ -239,7 +240,7 @@ def test_documents_change_where_one_begins_or_the_text_jumps() -> None:
             base = next(s for s in SOURCES.values() if row[0] in s.tokens).tokens[0]
             places = [token - int(base) for token in row[:-1]]
             expected, document = [0], 0
-            for before, after in zip(places, places[1:], strict=False):
+            for before, after in pairwise(places):
                 document += after != before + 1 or after % 7 == 0
                 expected.append(document)
             assert marked == expected
