@@ -127,7 +127,7 @@ def _notes(recipe: Recipe, feed: Feed) -> list[str]:
             )
     for phase in recipe.phases:
         given = sum((recipe.mixture_of(phase) or {}).values())
-        if recipe.mixed and given != 1:
+        if recipe.mixed and abs(given - 1) > 1e-9:
             notes.append(f"the weights of {phase.name} sum to {given:.6g} and were normalized")
     for name, source in recipe.sources.items():
         if source.megatron is not None:

@@ -42,7 +42,7 @@ quotient above 5: counts stay as close to their shares in the 10^12-th sequence 
 
 
 def normalize(weights: Mapping[str, float], where: str) -> dict[str, Fraction]:
-    """Weights that sum to 1, exactly; taken by the decimals that they were written with.
+    """Weights that sum to 1, exactly, sorted by name; taken by the decimals they were written with.
 
     Raises:
         UserError: There is none, one is not positive and finite, or their sum is more than
@@ -60,7 +60,7 @@ def normalize(weights: Mapping[str, float], where: str) -> dict[str, Fraction]:
     if abs(total - 1) > TOLERANCE:
         raise UserError("the weights do not sum to 1", where=where, got=float(total),
                         expected=f"1, give or take {float(TOLERANCE)}")  # fmt: skip
-    return {name: weight / total for name, weight in exact.items()}
+    return {name: exact[name] / total for name in sorted(exact)}
 
 
 class Allotment:

@@ -205,6 +205,16 @@ def test_no_token_comes_twice_within_an_epoch() -> None:
     assert set(every) == set(range(1000, 1307))
 
 
+def test_the_order_in_which_weights_are_written_changes_nothing() -> None:
+    weights = {"a": 0.2, "b": 0.5, "c": 0.3}
+    turned = dict(reversed(weights.items()))
+    one, other = (
+        Mixture(SOURCES, [Stretch(seq_len=5, sequences=50, weights=w)], seed=0).take(0, 0, 50)
+        for w in (weights, turned)
+    )
+    assert equal(one, other)
+
+
 def test_orders_differ_by_seed_stretch_and_epoch_but_not_by_other_sources() -> None:
     weights = {"b": 1.0}
     stretches = [Stretch(seq_len=5, sequences=70, weights=weights)] * 2
