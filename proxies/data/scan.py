@@ -87,7 +87,7 @@ def _look(tokens: npt.NDArray[np.integer[Any]], path: Path, say: Report) -> dict
         small = min(small, (int(chunk[low]), start + low))
         if int(chunk[high]) > large[0]:
             large = int(chunk[high]), start + high
-        if start:
+        if 10 * start // len(tokens) > 10 * max(0, start - _CHUNK) // len(tokens):
             say(f"looking at the ids of {path}: {start / len(tokens):.0%}")
     return {"sha256": digest.hexdigest(), "smallest": small[0], "smallest_at": small[1],
             "largest": large[0], "largest_at": large[1]}  # fmt: skip

@@ -53,6 +53,7 @@ def record(folder: Path) -> list[Record]:
     lines = read_metrics(folder)
     for line in lines:
         line.pop("tokens_per_s", None)
+        line.pop("data_wait", None)
     return lines
 
 
