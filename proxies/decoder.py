@@ -102,7 +102,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
     Args:
         x: (..., heads, seq, head_dim).
-        cos, sin: (seq, head_dim / 2).
+        cos, sin: (seq, head_dim / 2), or (..., 1, seq, head_dim / 2).
     """
     a, b = x.chunk(2, dim=-1)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
@@ -234,15 +234,18 @@ class Decoder(nn.Module):
         """The state that the head reads, multiplier included.
 
         With `documents`, the number of each token's document, attention stays within each.
-        Positions run on through the sequence: RoPE sees differences of positions alone, so that
-        within a document nothing depends on where it begins.
+        Positions begin at 0 in each. RoPE sees differences alone, but its angles are rounded to
+        fp32: so a document is rotated as it would be alone, and more finely than far out.
 
         Shapes: tokens and documents (..., batch, seq) -> (..., batch, seq, d_model).
         """
         residual, scale = self.residual_multiplier, self.attention_multiplier
         x = self.embedding(tokens) * self.embedding_multiplier
         cos, sin = self._rope(tokens.shape[-1], x)
-        mask = None if documents is None else within_documents(documents)
+        mask = None
+        if documents is not None:
+            mask, places = within_documents(documents), document_positions(documents)
+            cos, sin = cos[places].unsqueeze(-3), sin[places].unsqueeze(-3)
         for block in self.layers:
             x = block(x, cos, sin, residual, scale, mask)
         state: Tensor = self.norm(x) * self.output_multiplier
@@ -294,6 +297,14 @@ def within_documents(documents: Tensor) -> Tensor:
     """
     same = documents.unsqueeze(-1) == documents.unsqueeze(-2)
     return same.tril().unsqueeze(-3)
+
+
+def document_positions(documents: Tensor) -> Tensor:
+    """Positions from 0 within each document. Shapes: (..., batch, seq) -> the same."""
+    places = torch.arange(documents.shape[-1], device=documents.device).expand(documents.shape)
+    begins = torch.zeros_like(documents, dtype=torch.bool)
+    begins[..., 1:] = documents[..., 1:] != documents[..., :-1]
+    return places - torch.where(begins, places, 0).cummax(dim=-1).values
 
 
 def next_token_loss(logits: Tensor, tokens: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from mutransfer.apply import initialize
 from mutransfer.rules import BaseParams
-from proxies.decoder import Decoder, within_documents
+from proxies.decoder import Decoder, document_positions, within_documents
 from proxies.presets import TINY
 from proxies.tables import decoder_table
 
@@ -71,3 +71,8 @@ def test_the_mask_looks_back_and_within() -> None:
     mask = within_documents(torch.tensor([[0, 0, 1]]))
     assert mask.shape == (1, 1, 3, 3)
     assert mask[0, 0].tolist() == [[True, False, False], [True, True, False], [False, False, True]]
+
+
+def test_positions_begin_anew_in_each_document() -> None:
+    documents = torch.tensor([[0, 0, 1, 1, 1, 2], [0, 1, 2, 3, 3, 3]])
+    assert document_positions(documents).tolist() == [[0, 1, 0, 1, 2, 0], [0, 0, 0, 0, 1, 2]]
