@@ -69,13 +69,14 @@ def train(
     with only_one(folder):
         display, data_folder = Display(), data_folder or folder / "data"
         corpus = prepare(recipe.data, data_folder)
+        admitted = admit_data(bundle, corpus)
         sources = open_sources(recipe, corpus, data_folder, display)
         device = "cuda" if torch.cuda.is_available() else "cpu"
         trainer = Trainer(
             recipe=recipe, table=admission.table, corpus=corpus, device=device, sources=sources
         )
         feed = trainer.feed
-        notes = [*admission.notes, *admit_data(bundle, corpus), *_notes(recipe, feed)]
+        notes = [*admission.notes, *admitted, *_notes(recipe, feed)]
         identity = Identity(bundle=bundle.sha256, recipe=recipe.sha256, data=feed.fingerprint)
         taken_up = _resume(trainer, identity, folder, display)
         display.start_from(trainer.tokens / recipe.horizon_tokens)
