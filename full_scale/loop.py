@@ -48,7 +48,7 @@ class Loop:
         self.checkpoints = folder / "checkpoints"
         self.metrics, self.say, self.request = metrics, say, request
         self.peak_flops = peak_flops
-        self._seconds, self._tokens = 0.0, 0
+        self._seconds, self._tokens, self._waited = 0.0, 0, trainer.waited
 
     def run(self) -> bool:
         """Whether the run reached its end; if not, it was saved where it stopped.
@@ -103,8 +103,9 @@ class Loop:
 
     def _log(self, step: Step, phase: Phase, index: int) -> None:
         trainer, recipe = self.trainer, self.trainer.recipe
-        speed = self._tokens / self._seconds
-        self._seconds, self._tokens = 0.0, 0
+        speed, waited = self._tokens / self._seconds, trainer.waited
+        share = (waited - self._waited) / self._seconds
+        self._seconds, self._tokens, self._waited = 0.0, 0, waited
         used = None
         if self.peak_flops is not None:
             used = speed * flops_per_token(recipe.model, phase.seq_len) / self.peak_flops
@@ -121,12 +122,14 @@ class Loop:
             tokens_per_s=speed,
             mfu=used,
             phase_seconds_left=left,
+            data_wait=share,
+            data_tokens=trainer.feed.consumed(trainer.step),
             skipped=trainer.skipped,
         )
-        share = "" if used is None else f" · MFU {used:.1%}"
+        mfu = "" if used is None else f" · MFU {used:.1%}"
         self.say(
             f"{phase.name} · step {trainer.step:,} of {recipe.steps:,} · loss {step.loss:.4f} · "
-            f"{speed:,.0f} tok/s{share} · phase left {duration(left)}",
+            f"{speed:,.0f} tok/s{mfu} · phase left {duration(left)}",
             trainer.tokens / recipe.horizon_tokens,
         )
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 from itertools import pairwise
 from pathlib import Path
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
 import rfc8785
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
@@ -17,13 +17,16 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 from mutransfer.optimizers import Matrix, Momentum
 from mutransfer.schedule import Shape, interpolate
 from mutransfer.schema import MAX_INTEGER, find_shipped, parse, read_toml
-from proxies.data import DataConfig
+from proxies.data import DataConfig, SourceConfig
+from proxies.data.mixture import normalize
 from proxies.decoder import DecoderConfig
 from proxies.memory import Memory
 from proxies.presets import get_preset
 
 _RECORD = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 _NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
+_DATA = "data"
+_LATER = ("mixture", "mask_documents", "parametrization", "recompute", "loss_chunk")
 _CADENCE = {"log_every", "checkpoint_every", "keep_last", "evaluate_every", "heldout_tokens"}
 
 
@@ -51,6 +54,9 @@ class Phase(BaseModel):
     )
     loss_chunk: int | None = Field(
         None, ge=1, description="tokens whose logits exist at a time; None: of all of micro_batch"
+    )
+    mixture: dict[str, float] | None = Field(
+        None, description="weights of the sources; None: those of the recipe"
     )
 
     @model_validator(mode="after")
@@ -117,7 +123,17 @@ class Recipe(BaseModel):
     parametrization: str | None = Field(
         None, description="name of the rules that the bundle must be of; None: any"
     )
-    data: DataConfig = Field(DataConfig(), description="the text")
+    data: DataConfig = Field(
+        DataConfig(),
+        description="the tokenizer, the held-out text and, without a mixture, the text",
+    )
+    sources: dict[Annotated[str, Field(pattern=_NAME)], SourceConfig] = Field(
+        {}, description="what mixtures may name, beside `data`: the training text of [data]"
+    )
+    mixture: dict[str, float] | None = Field(
+        None, description="weight of each source in phases without their own; None: all of `data`"
+    )
+    mask_documents: bool = Field(False, description="whether attention stays within a document")
     conversion: Conversion = Field(
         default_factory=Conversion, description="rules for another batch or horizon"
     )
@@ -168,6 +184,7 @@ class Recipe(BaseModel):
                 f"data.vocab_size is {self.data.vocab_size}, but the model's is "
                 f"{self.model.vocab_size}"
             )
+        self._require_mixtures()
         first = self.phases[0]
         if self.heldout_tokens < (least := first.micro * first.seq_len):
             raise ValueError(
@@ -175,6 +192,41 @@ class Recipe(BaseModel):
                 f"takes {least}"
             )
         return self
+
+    def _require_mixtures(self) -> None:
+        """Every phase has a mixture, or none; sources are named, used and kept from held-out."""
+        if _DATA in self.sources:
+            raise ValueError(
+                "a source cannot be called 'data'; that is the training text of [data]"
+            )
+        named: set[str] = set()
+        for phase in self.phases if self.mixed else ():
+            if (weights := self.mixture_of(phase)) is None:
+                raise ValueError(f"phase {phase.name!r} has no mixture, but others have")
+            normalize(weights, f"mixture of phase {phase.name!r}")
+            if unknown := sorted(weights.keys() - self.sources.keys() - {_DATA}):
+                known = ", ".join((*self.sources, _DATA))
+                raise ValueError(
+                    f"the mixture of phase {phase.name!r} names {unknown[0]!r}; sources: {known}"
+                )
+            named |= weights.keys()
+        if unused := sorted(self.sources.keys() - named):
+            raise ValueError(f"no mixture of a phase names the source {unused[0]!r}")
+        for name, source in self.sources.items():
+            if source.text and not self.data.heldout:
+                raise ValueError(
+                    f"source {name!r} is text, so data.heldout must name the held-out text: what "
+                    "is split off data.train could be in the source too"
+                )
+
+    @property
+    def mixed(self) -> bool:
+        """Whether the run trains on a mixture."""
+        return self.mixture is not None or any(p.mixture is not None for p in self.phases)
+
+    def mixture_of(self, phase: Phase) -> dict[str, float] | None:
+        """The given weights of a phase, its own or the recipe's."""
+        return self.mixture if phase.mixture is None else phase.mixture
 
     @property
     def steps(self) -> int:
@@ -201,9 +253,14 @@ class Recipe(BaseModel):
         """Over the RFC 8785 form of all that decides the weights.
 
         Left out: how often something is logged, evaluated or saved, which may change between
-        two launches of a run, and `data`, which the corpus' own fingerprint stands for.
+        two launches of a run, and `data` and `sources`, which fingerprints of the content stand
+        for. What came later is left out where it is off, so that older checkpoints fit.
         """
-        content = self.model_dump(mode="json", exclude=_CADENCE | {"data"})
+        content = self.model_dump(mode="json", exclude=_CADENCE | {"data", "sources"})
+        for record in (content, *content["phases"]):
+            for name in _LATER:
+                if not record.get(name):
+                    record.pop(name, None)
         return hashlib.sha256(rfc8785.dumps(content)).hexdigest()
 
     def at(self, step: int) -> tuple[Phase, int]:

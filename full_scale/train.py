@@ -6,6 +6,7 @@ import os
 import platform
 import sys
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
@@ -16,6 +17,7 @@ import torch
 from full_scale import checkpoint, report
 from full_scale.admission import Admission, admit, admit_data
 from full_scale.checkpoint import Identity
+from full_scale.feed import Feed, open_sources
 from full_scale.loop import Loop
 from full_scale.metrics import Metrics, read_metrics
 from full_scale.recipe import Recipe, load_recipe
@@ -66,12 +68,17 @@ def train(
     admission = admit(bundle, recipe, accept_unverified=accept_unverified)
     folder = out or run_folder(bundle, recipe)
     with only_one(folder):
-        corpus = prepare(recipe.data, data_folder or folder / "data")
-        notes = [*admission.notes, *admit_data(bundle, corpus), *_notes(recipe, corpus)]
-        identity = Identity(bundle=bundle.sha256, recipe=recipe.sha256, data=corpus.fingerprint)
+        display, data_folder = Display(), data_folder or folder / "data"
+        corpus = prepare(recipe.data, data_folder)
+        admitted = admit_data(bundle, corpus)
+        sources = open_sources(recipe, corpus, data_folder, display)
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        trainer = Trainer(recipe=recipe, table=admission.table, corpus=corpus, device=device)
-        display = Display()
+        trainer = Trainer(
+            recipe=recipe, table=admission.table, corpus=corpus, device=device, sources=sources
+        )
+        feed = trainer.feed
+        notes = [*admission.notes, *admitted, *_notes(recipe, feed)]
+        identity = Identity(bundle=bundle.sha256, recipe=recipe.sha256, data=feed.fingerprint)
         taken_up = _resume(trainer, identity, folder, display)
         display.start_from(trainer.tokens / recipe.horizon_tokens)
         if taken_up and trainer.step == recipe.steps and (folder / "run.json").is_file():
@@ -80,7 +87,12 @@ def train(
             _keep(folder, bundle, corpus)
             for line in _plan(recipe, admission, notes):
                 display(line)
-            with graceful() as request, Metrics(folder, step=trainer.step) as metrics, display:
+            with (
+                graceful() as request,
+                Metrics(folder, step=trainer.step) as metrics,
+                display,
+                closing(trainer),
+            ):
                 finished = Loop(
                     trainer=trainer, identity=identity, folder=folder, metrics=metrics,
                     say=display, request=request,
@@ -92,7 +104,7 @@ def train(
                     "The same command goes on from there."
                 )
                 return None
-            _write_results(folder, bundle, recipe, admission, notes, identity, corpus, device)
+            _write_results(folder, bundle, recipe, admission, notes, identity, feed, device)
         for line in _result(folder):
             display(line)
     return folder
@@ -115,11 +127,22 @@ def _keep(folder: Path, bundle: Bundle, corpus: Corpus) -> None:
         write_text(folder / "tokenizer.json", tokenizer)
 
 
-def _notes(recipe: Recipe, corpus: Corpus) -> list[str]:
+def _notes(recipe: Recipe, feed: Feed) -> list[str]:
     """What the user should know before the run starts."""
     notes = list(recipe.jumps)
-    if (epochs := recipe.horizon_tokens / corpus.train_tokens) > _MAX_EPOCHS:
-        notes.append(f"the run passes over its text {epochs:.1f} times; more text would do it good")
+    for name, epochs in feed.epochs.items():
+        text = f"the source {name}" if recipe.mixed else "its text"
+        if epochs > _MAX_EPOCHS:
+            notes.append(
+                f"the run passes over {text} {epochs:.1f} times; more text would do it good"
+            )
+    for phase in recipe.phases:
+        given = sum((recipe.mixture_of(phase) or {}).values())
+        if recipe.mixed and abs(given - 1) > 1e-9:
+            notes.append(f"the weights of {phase.name} sum to {given:.6g} and were normalized")
+    for name, source in recipe.sources.items():
+        if source.megatron is not None:
+            notes.append(f"source {name}: a Megatron file does not say which tokenizer made it")
     return notes
 
 
@@ -149,7 +172,7 @@ def _write_results(
     admission: Admission,
     notes: list[str],
     identity: Identity,
-    corpus: Corpus,
+    feed: Feed,
     device: str,
 ) -> None:
     records = read_metrics(folder)
@@ -161,7 +184,8 @@ def _write_results(
         report.summary(
             recipe,
             records,
-            epochs=recipe.horizon_tokens / corpus.train_tokens,
+            epochs=max(feed.epochs.values()),
+            mixture=feed.record(),
             identity=identity.model_dump(),
             model=recipe.model.model_dump(mode="json"),
             parametrization=bundle.parametrization.model_dump(mode="json"),

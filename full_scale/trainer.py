@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,13 +12,16 @@ from torch import Tensor, nn
 
 from full_scale.attention_logits import watched
 from full_scale.checkpoint import Checkpoint, Identity, State
+from full_scale.feed import Feed
 from full_scale.recipe import Phase, Recipe
 from mutransfer.apply import initialize
 from mutransfer.errors import UserError
 from mutransfer.optimizers import Optimizers
 from mutransfer.roles import Role
 from mutransfer.table import Table
-from proxies.data import Batches, Corpus, heldout_batches
+from proxies.data import Corpus, Sequences, Source, heldout_batches
+from proxies.data.prefetch import Prefetch
+from proxies.data.stream import document_numbers
 from proxies.decoder import Decoder
 
 
@@ -47,15 +51,19 @@ class Trainer:
 
     A batch is a function of the step alone, so that a run can be taken up anywhere. The position
     in the text is counted in tokens: phases of equal `seq_len` go on where the one before
-    stopped; another `seq_len` cuts the text into other windows, in an order of its own.
+    stopped; another `seq_len` cuts the text into other windows, in an order of its own. The
+    sources of a mixture go on to the token. Batches are made beside the training, in a thread
+    that `close` ends.
 
     Args:
         recipe: The run.
         table: The parametrization of its model, ready to use.
         corpus: The text.
         device: Where to train.
+        sources: What the recipe's mixtures name (`full_scale.feed.open_sources`).
 
     Attributes:
+        feed: What each step trains on.
         step: Steps done, skipped ones included.
         skipped: Steps skipped so far.
         skipped_in_a_row: How many of these were the last ones in a row.
@@ -66,7 +74,13 @@ class Trainer:
     """
 
     def __init__(
-        self, *, recipe: Recipe, table: Table, corpus: Corpus, device: str = "cpu"
+        self,
+        *,
+        recipe: Recipe,
+        table: Table,
+        corpus: Corpus,
+        device: str = "cpu",
+        sources: Mapping[str, Source] | None = None,
     ) -> None:
         self.recipe, self.table, self.device = recipe, table, torch.device(device)
         self.model = Decoder(recipe.model).to(self.device)
@@ -75,15 +89,9 @@ class Trainer:
         self.step, self.skipped, self.skipped_in_a_row = 0, 0, 0
         self.update_rms: dict[str, float] = {}
         self._rows = table.resolve(self.model)
-        self._data = {
-            phase.name: Batches(
-                corpus.train,
-                seq_len=phase.seq_len,
-                batch_size=phase.batch_size,
-                seed=recipe.seed,
-            )
-            for phase in recipe.phases
-        }
+        self.feed = Feed(recipe, corpus, sources or {})
+        self._prefetch = Prefetch(self._prepare, stop=recipe.steps)
+        self._separator = corpus.separator
         first = recipe.phases[0]
         self._heldout = heldout_batches(
             corpus.heldout, first.seq_len, first.micro, recipe.heldout_tokens
@@ -96,10 +104,16 @@ class Trainer:
 
     def batch(self, step: int) -> Tensor:
         """The sequences of a step (0-based): (batch, seq + 1)."""
-        phase, _ = self.recipe.at(step)
-        position = math.ceil(self.recipe.tokens_before(step) / phase.seq_len)
-        sequences = self._data[phase.name].take(position, phase.batch_size)
-        return torch.from_numpy(sequences).to(self.device)
+        return torch.from_numpy(self.feed.at(step).tokens).to(self.device)
+
+    @property
+    def waited(self) -> float:
+        """Seconds that steps have waited for their data so far."""
+        return self._prefetch.waited
+
+    def close(self) -> None:
+        """Ends the thread that makes batches; no step can be taken after it."""
+        self._prefetch.close()
 
     def train_step(self, *, measure: bool = False) -> Step:
         """Takes the next step of the recipe.
@@ -136,9 +150,12 @@ class Trainer:
     @torch.no_grad()
     def evaluate(self) -> float:
         """Held-out loss in nats per token, at the first phase's `seq_len` all through the run."""
-        losses = [
-            self._loss(torch.from_numpy(batch).to(self.device)).item() for batch in self._heldout
-        ]
+        masked = self.recipe.mask_documents
+        losses = []
+        for batch in self._heldout:
+            numbers = document_numbers(batch[:, :-1], self._separator) if masked else None
+            part = _tensors(Sequences(tokens=batch, documents=numbers), pin=False)
+            losses.append(self._loss(*(t.to(self.device) for t in part)).item())
         return sum(losses) / len(losses)
 
     def learning_rates(self) -> dict[str, float]:
@@ -228,20 +245,25 @@ class Trainer:
         Returns:
             The batch's mean loss and, if to be measured, the first part's largest attention logit.
         """
-        parts = self.batch(self.step).split(phase.micro)
+        batch = [t.to(self.device, non_blocking=True) for t in self._prefetch.get(self.step)]
+        parts = list(zip(*(tensor.split(phase.micro) for tensor in batch), strict=True))
         total, logit = torch.zeros((), device=self.device), None
         for number, part in enumerate(parts):
             with watched(self.model, measure and number == 0) as seen:
-                loss = self._loss(part) / len(parts)
+                loss = self._loss(*part) / len(parts)
             logit = logit if seen.value is None else float(seen.value)
             loss.backward()
             total += loss.detach()
         return float(total), logit
 
-    def _loss(self, tokens: Tensor) -> Tensor:
+    def _loss(self, *batch: Tensor) -> Tensor:
+        """The loss of tokens and, where attention is masked, their documents."""
         bf16 = self.recipe.precision == "bf16"
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=bf16):
-            return self.model.loss(tokens)
+            return self.model.loss(*batch)
+
+    def _prepare(self, step: int) -> tuple[Tensor, ...]:
+        return _tensors(self.feed.at(step), pin=self.device.type == "cuda")
 
     def _copy(self) -> dict[str, Tensor]:
         return {name: p.detach().clone() for name, p in self.model.named_parameters()}
@@ -257,3 +279,10 @@ class Trainer:
             squares[role] = squares.get(role, torch.zeros_like(square)) + square
             counts[role] = counts.get(role, 0) + parameter.numel()
         return {role: math.sqrt(float(squares[role]) / counts[role]) for role in sorted(counts)}
+
+
+def _tensors(sequences: Sequences, *, pin: bool) -> tuple[Tensor, ...]:
+    """Tokens and, where there are any, document numbers; in pinned memory for a GPU."""
+    arrays = (sequences.tokens, sequences.documents)
+    tensors = (torch.from_numpy(array) for array in arrays if array is not None)
+    return tuple(tensor.pin_memory() if pin else tensor for tensor in tensors)

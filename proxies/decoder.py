@@ -104,7 +104,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
     Args:
         x: (..., heads, seq, head_dim).
-        cos, sin: (seq, head_dim / 2).
+        cos, sin: (seq, head_dim / 2), or (..., 1, seq, head_dim / 2).
     """
     a, b = x.chunk(2, dim=-1)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
@@ -117,14 +117,18 @@ class Attend(nn.Module):
     Shapes: q (..., n_heads, seq, head_dim), k and v (..., n_kv_heads, seq, head_dim).
     """
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """The scale is in `q` already."""
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+        """The scale is in `q` already; a `mask` (..., 1, seq, seq) takes the place of causality."""
         repeat = q.shape[-3] // k.shape[-3]
         if repeat > 1:
             k, v = k.repeat_interleave(repeat, dim=-3), v.repeat_interleave(repeat, dim=-3)
         # torch's fast kernels know one batch dimension
         q4, k4, v4 = (t.flatten(0, -4) if t.dim() > 4 else t for t in (q, k, v))
-        mixed = F.scaled_dot_product_attention(q4, k4, v4, is_causal=True, scale=1.0)
+        if mask is not None:
+            mask = mask.flatten(0, -4) if mask.dim() > 4 else mask
+            mixed = F.scaled_dot_product_attention(q4, k4, v4, attn_mask=mask, scale=1.0)
+        else:
+            mixed = F.scaled_dot_product_attention(q4, k4, v4, is_causal=True, scale=1.0)
         return mixed.view(*q.shape[:-1], v.shape[-1]) if q.dim() > 4 else mixed
 
 
@@ -141,14 +145,17 @@ class Attention(nn.Module):
         self.o = layers.linear(c.n_heads * c.head_dim, c.d_model)
         self.attend = Attend()
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, scale: Tensor) -> Tensor:
-        """Attends causally; `scale` is the whole softmax scale."""
+    def forward(
+        self, x: Tensor, cos: Tensor, sin: Tensor, scale: Tensor, mask: Tensor | None = None
+    ) -> Tensor:
+        """Attends causally, or by `mask`; `scale` is the whole softmax scale."""
         q, k, v = (
             proj(x).unflatten(-1, (-1, self.head_dim)).transpose(-3, -2)
             for proj in (self.q, self.k, self.v)
         )
         q = rotate(q, cos, sin) * scale
-        mixed = self.attend(q, rotate(k, cos, sin), v)
+        heads = (q, rotate(k, cos, sin), v)
+        mixed = self.attend(*heads) if mask is None else self.attend(*heads, mask)
         out: Tensor = self.o(mixed.transpose(-3, -2).flatten(-2))
         return out
 
@@ -179,10 +186,16 @@ class Block(nn.Module):
         self.mlp = MLP(config, layers)
 
     def forward(
-        self, x: Tensor, cos: Tensor, sin: Tensor, residual: Tensor, scale: Tensor
+        self,
+        x: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        residual: Tensor,
+        scale: Tensor,
+        mask: Tensor | None = None,
     ) -> Tensor:
         """Shapes: (..., batch, seq, d_model) -> the same."""
-        attended = self.attention(self.attention_norm(x), cos, sin, scale)
+        attended = self.attention(self.attention_norm(x), cos, sin, scale, mask)
         x = x + residual.to(attended.dtype) * attended
         fed = self.mlp(self.mlp_norm(x))
         out: Tensor = x + residual.to(fed.dtype) * fed
@@ -224,37 +237,48 @@ class Decoder(nn.Module):
         for name, value in multipliers:
             self.get_buffer(f"{name}_multiplier").fill_(value)
 
-    def hidden(self, tokens: Tensor) -> Tensor:
+    def hidden(self, tokens: Tensor, documents: Tensor | None = None) -> Tensor:
         """The state that the head reads, multiplier included.
 
-        Shapes: tokens (..., batch, seq) -> (..., batch, seq, d_model).
+        With `documents`, the number of each token's document, attention stays within each.
+        Positions begin at 0 in each. RoPE sees differences alone, but its angles are rounded to
+        fp32: so a document is rotated as it would be alone, and more finely than far out.
+
+        Shapes: tokens and documents (..., batch, seq) -> (..., batch, seq, d_model).
         """
         residual, scale = self.residual_multiplier, self.attention_multiplier
         x = self.embedding(tokens) * self.embedding_multiplier
         cos, sin = self._rope(tokens.shape[-1], x)
+        mask = None
+        if documents is not None:
+            mask, places = within_documents(documents), document_positions(documents)
+            cos, sin = cos[places].unsqueeze(-3), sin[places].unsqueeze(-3)
         again = self.memory.recompute and torch.is_grad_enabled()
         for block in self.layers:
-            given = (x, cos, sin, residual, scale)
+            given = (x, cos, sin, residual, scale, mask)
             x = twice(block, *given) if again else block(*given)
         state: Tensor = self.norm(x) * self.output_multiplier
         return state
 
-    def forward(self, tokens: Tensor) -> Tensor:
+    def forward(self, tokens: Tensor, documents: Tensor | None = None) -> Tensor:
         """Logits. Shapes: tokens (..., batch, seq) -> (..., batch, seq, vocab_size).
 
         Raises:
             UserError: The sequence is longer than `max_seq_len`.
         """
-        return self._head()(self.hidden(tokens))
+        return self._head()(self.hidden(tokens, documents))
 
-    def loss(self, tokens: Tensor) -> Tensor:
-        """Mean next-token cross-entropy in nats.
+    def loss(self, tokens: Tensor, documents: Tensor | None = None) -> Tensor:
+        """Mean next-token cross-entropy in nats; see `hidden` for `documents`.
 
-        Shapes: tokens (..., batch, seq + 1) -> scalar.
+        The last token of a document is asked for the first of the next one, masked or not.
+
+        Shapes: tokens (..., batch, seq + 1), documents (..., batch, seq) -> scalar.
         """
         if (chunk := self.memory.loss_chunk) is None:
-            return next_token_loss(self(tokens[..., :-1]), tokens)
-        return chunked_loss(self.hidden(tokens[..., :-1]), self._head(), tokens[..., 1:], chunk)
+            return next_token_loss(self(tokens[..., :-1], documents), tokens)
+        state = self.hidden(tokens[..., :-1], documents)
+        return chunked_loss(state, self._head(), tokens[..., 1:], chunk)
 
     def losses(self, tokens: Tensor) -> Tensor:
         """The loss of each model of a stack (`proxies.stacked`).
@@ -286,6 +310,23 @@ class Decoder(nn.Module):
             1.0 / c.rope_base**exponent,
         )
         return angle.cos().to(like.dtype), angle.sin().to(like.dtype)
+
+
+def within_documents(documents: Tensor) -> Tensor:
+    """Where attention may look: back, and within a document.
+
+    Shapes: documents (..., batch, seq) -> boolean (..., batch, 1, seq, seq).
+    """
+    same = documents.unsqueeze(-1) == documents.unsqueeze(-2)
+    return same.tril().unsqueeze(-3)
+
+
+def document_positions(documents: Tensor) -> Tensor:
+    """Positions from 0 within each document. Shapes: (..., batch, seq) -> the same."""
+    places = torch.arange(documents.shape[-1], device=documents.device).expand(documents.shape)
+    begins = torch.zeros_like(documents, dtype=torch.bool)
+    begins[..., 1:] = documents[..., 1:] != documents[..., :-1]
+    return places - torch.where(begins, places, 0).cummax(dim=-1).values
 
 
 def next_token_loss(logits: Tensor, tokens: Tensor) -> Tensor:

@@ -88,3 +88,35 @@ class DataConfig(BaseModel):
     def dtype(self) -> str:
         """NumPy type of a stored token, little-endian: 2 bytes where all ids fit, else 4."""
         return "<u2" if self.vocab_size <= 2**16 else "<u4"
+
+
+class SourceConfig(BaseModel):
+    """Where one source of a mixture comes from: exactly one of `megatron`, `corpus` and `text`.
+
+    Relative paths are taken from the current working directory.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    megatron: Source | None = Field(
+        default=None, description="Path of Megatron-LM's two token files, without .bin and .idx."
+    )
+    corpus: Source | None = Field(
+        default=None, description="Folder of a corpus that was tokenized here: with meta.json."
+    )
+    text: tuple[Source, ...] = Field(
+        default=(),
+        description="Text, JSONL or Parquet: files, folders, globs, as in `data.train`; it is read "
+        "and tokenized as `data` is, and no document of `data.heldout` may be in it.",
+    )
+    max_bytes: int | None = Field(
+        default=None, ge=1, description="Bytes read from `text`; None: all of it."
+    )
+
+    @model_validator(mode="after")
+    def _one_kind(self) -> Self:
+        kinds = [k for k in ("megatron", "corpus", "text") if getattr(self, k)]
+        if len(kinds) != 1:
+            got = " and ".join(kinds) or "none"
+            raise ValueError(f"a source is one of megatron, corpus and text; got {got}")
+        return self

@@ -52,7 +52,7 @@ def record(folder: Path) -> list[Record]:
     """The run's record without what depends on the clock."""
     lines = read_metrics(folder)
     for line in lines:
-        for name in ("tokens_per_s", "mfu", "phase_seconds_left"):
+        for name in ("tokens_per_s", "mfu", "phase_seconds_left", "data_wait"):
             line.pop(name, None)
     return lines
 
