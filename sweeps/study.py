@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import os
 import socket
-import warnings
 from collections import deque
 from pathlib import Path
 from typing import Any
 
 import optuna
-from optuna.samplers import TPESampler
 from optuna.trial import FrozenTrial, TrialState
 
 from mutransfer.bundle_evidence import mean_and_error
@@ -21,6 +19,8 @@ from proxies.run import RunResult
 from sweeps.experiment import Experiment, first_difference
 from sweeps.ledger import Ledger
 from sweeps.pool import Job, PoolConfig, run_jobs
+from sweeps.pruner import HalvingPruner
+from sweeps.sampler import make_sampler, outlook
 from sweeps.storage import connect, place
 from sweeps.workspace import Workspace
 
@@ -169,7 +169,7 @@ class Search:
         while True:
             if self._queue:
                 job = self._queue.popleft()
-            elif budget_used(self.study) < self.trials:
+            elif budget_used(self.study) < self.trials and not self._enough():
                 job = self._job(self._ask(), seed=0)
             else:
                 return None
@@ -178,12 +178,23 @@ class Search:
                 return job
             self._done(job, known)
 
+    def _enough(self) -> bool:
+        """Whether the search ends early: no trial is expected to gain more than the noise."""
+        if not self._config.stop or budget_used(self.study) <= self._config.startup:
+            return False
+        found = outlook(self._config, self.workspace.experiment.search, self.study)
+        if found is None:
+            return False
+        gain, noise = f"{found.gain:.4f}", f"{found.noise:.4f}"
+        self.progress(f"another trial is expected to gain {gain} nats; the noise is {noise}")
+        return found.gain < found.noise
+
     def _ask(self) -> optuna.Trial:
         config, space = self._config, self.workspace.experiment.search
-        # a sampler per trial, seeded by its number: a resumed study draws what it would have
-        number = _next_number(self.study)
-        self.study.sampler = _sampler(config.seed + 1000 * number, config.startup)
-        self.study.pruner = optuna.pruners.MedianPruner(n_startup_trials=config.startup)
+        self.study.sampler = make_sampler(config, space, _next_number(self.study))
+        self.study.pruner = HalvingPruner(
+            self.workspace.experiment.train.evaluate_after, startup=config.startup
+        )
         trial = self.study.ask()
         trial.set_user_attr("owner", _owner())
         for name, bounds in space.items():
@@ -259,15 +270,6 @@ def _best(study: optuna.Study) -> str:
 def _value(trial: FrozenTrial) -> float:
     assert trial.value is not None
     return trial.value
-
-
-def _sampler(seed: int, startup: int) -> TPESampler:
-    with warnings.catch_warnings():
-        # multivariate and constant_liar are marked experimental; the pinned behaviour suits us
-        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-        return TPESampler(
-            seed=seed % 2**32, n_startup_trials=startup, multivariate=True, constant_liar=True
-        )
 
 
 def params_of(experiment: Experiment, searched: dict[str, Any]) -> BaseParams:

@@ -12,6 +12,7 @@ from mutransfer.files import atomic_path
 from mutransfer.progress import Report, part, quiet
 from mutransfer.rules import BaseParams
 from sweeps.experiment import Experiment
+from sweeps.first_points import enqueue_first
 from sweeps.pool import PoolConfig
 from sweeps.selection import confirm, read_trials, steps_taken, trials_frame
 from sweeps.study import Search, open_study, params_of, requeue_interrupted
@@ -50,6 +51,7 @@ def run_sweep(
     e, folder = workspace.experiment, workspace.folder("sweep")
     with workspace.ledger() as ledger:
         study = open_study(e, workspace.corpus.fingerprint, folder, storage)
+        enqueue_first(study, e)
         for number in requeue_interrupted(study, exclusive=storage is None):
             progress(f"trial {number} was cut off; its parameters are tried again")
         budget = trials or e.sweep.trials
