@@ -76,7 +76,7 @@ def _default_search() -> dict[str, Range]:
     }
 
 
-Sampler = Literal["surrogate", "tpe", "gp", "qmc", "grid", "random"]
+Sampler = Literal["tpe", "surrogate", "gp", "qmc", "grid", "random"]
 
 
 class SweepConfig(BaseModel):
@@ -88,7 +88,7 @@ class SweepConfig(BaseModel):
     confirm: int = Field(4, ge=1, le=1000, description="best trials repeated over more seeds")
     confirm_seeds: int = Field(3, ge=1, le=100, description="seeds that the winner is chosen on")
     startup: int = Field(12, ge=1, description="first trials, drawn before the model takes over")
-    sampler: Sampler = Field("surrogate", description="what draws the trials")
+    sampler: Sampler = Field("tpe", description="what draws the trials after the start")
     pruning: bool = Field(True, description="stop trials worse than the median at a rung")
     seed: int = Field(0, ge=0, le=MAX_INTEGER, description="of the sampler")
     enqueue: tuple[dict[str, float] | str, ...] = Field(

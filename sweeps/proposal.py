@@ -1,4 +1,4 @@
-"""The next trial of the default search: where the surrogate expects to gain most."""
+"""The next trial of the sampler `surrogate`, and what may be expected of it."""
 
 from __future__ import annotations
 

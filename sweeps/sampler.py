@@ -48,7 +48,7 @@ def make_sampler(config: SweepConfig, search: Mapping[str, Range], number: int) 
 def outlook(
     config: SweepConfig, search: Mapping[str, Range], study: optuna.Study
 ) -> Proposal | None:
-    """What the default search expects of a trial more, whichever sampler is at work."""
+    """What the surrogate expects of a trial more, whichever sampler is at work."""
     trials = study.get_trials(deepcopy=False)
     return propose(space_of(search), trials, np.random.default_rng((config.seed, len(trials))))
 

@@ -107,10 +107,8 @@ def fit(x: Floats, y: Floats, *, extra: Floats | None = None) -> Surrogate:
     def closure() -> Tensor:
         optimizer.zero_grad()
         # a step of the line search may be wild: beyond the limits only the prior pulls
-        loss = (
-            _surprise(at, target, more, scales.clamp(*_LIMITS))
-            + (((scales - centre) / width) ** 2).sum() / 2
-        )
+        surprise = _surprise(at, target, more, scales.clamp(*_LIMITS))
+        loss: Tensor = surprise + (((scales - centre) / width) ** 2).sum() / 2
         loss.backward()
         return loss
 

@@ -17,11 +17,11 @@ def bowl(x: Floats) -> Floats:
 def test_a_noisy_bowl_is_learnt_with_its_noise() -> None:
     rng = np.random.default_rng(0)
     x, at = rng.random((40, 2)), rng.random((500, 2))
-    model = fit(x, bowl(x) + 0.02 * rng.normal(size=40))
+    model = fit(x, bowl(x) + 0.1 * rng.normal(size=40))
     mean, deviation = model.predict(at)
-    assert model.noise == pytest.approx(0.02, rel=0.35)
+    assert model.noise == pytest.approx(0.1, rel=0.35)
     z = (mean - bowl(at)) / deviation
-    assert np.abs(mean - bowl(at)).max() < 0.06
+    assert np.abs(mean - bowl(at)).max() < 0.2
     assert 0.3 < z.std() < 2
 
 
