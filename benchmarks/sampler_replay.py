@@ -2,6 +2,7 @@
 
     python benchmarks/sampler_replay.py samplers stdlib --out benchmarks/results/sampler_replay
     python benchmarks/sampler_replay.py pruners stdlib --out benchmarks/results/sampler_replay
+    python benchmarks/sampler_replay.py stopping stdlib --out benchmarks/results/sampler_replay
 
 A sampler proposes a point, the nearest recorded one (in the unit cube of the logarithms) that is
 not yet used is taken, and its recorded losses of seed 0 are told, rungs first. The samplers are
@@ -11,7 +12,8 @@ from the same points, the design's; replays differ in the design and in the samp
 The regret of a search is that of its best trial in the mean over the recorded seeds, as a sweep
 confirms its best trials over seeds; a point that was not repeated is not among the best. Counted
 are the trials (and the steps) until the regret is below one standard deviation over seeds. A
-search that is not there after `--limit` trials counts as that many.
+search that is not there after `--limit` trials counts as that many. `stopping` counts the trials
+until `sweep.stop` would end the search, with the regret there (null: of a point not repeated).
 """
 
 from __future__ import annotations
@@ -44,7 +46,7 @@ from mutransfer.files import write_json
 from mutransfer.progress import Display
 from sweeps.experiment import Range, SweepConfig
 from sweeps.pruner import HalvingPruner
-from sweeps.sampler import make_sampler
+from sweeps.sampler import make_sampler, outlook
 from sweeps.space import space_of, to_unit
 
 LANDSCAPES = Path(__file__).parent / "results" / "landscapes"
@@ -100,6 +102,7 @@ class Task:
     startup: int
     limit: int
     nearest: bool = False
+    enough: bool = False
 
     @property
     def arm(self) -> str:
@@ -114,7 +117,7 @@ def replay(task: Task, land: Landscape) -> dict[str, Any]:
     study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
     study.pruner = pruner_of(task, land)
     left = np.ones(len(land.losses), dtype=bool)
-    steps = 0
+    steps, best = 0, math.inf
     for number in range(task.limit):
         # the start is every sampler's own, as in a sweep, by the nearest point
         study.sampler = make_sampler(config, SPACE, number)
@@ -138,9 +141,21 @@ def replay(task: Task, land: Landscape) -> dict[str, Any]:
         value = float(land.losses[point]) if state == TrialState.COMPLETE else None
         study.tell(trial, value, state=state)
         steps += done
-        if state == TrialState.COMPLETE and land.regret[point] < GOAL:
-            return {"trials": number + 1, "steps": steps, "reached": True}
-    return {"trials": task.limit, "steps": steps, "reached": False}
+        if state == TrialState.COMPLETE:
+            best = min(best, float(land.regret[point]))
+        if stops(task, config, study, best):
+            return {"trials": number + 1, "steps": steps, "reached": True, "regret": best}
+    return {"trials": task.limit, "steps": steps, "reached": False, "regret": best}
+
+
+def stops(task: Task, config: SweepConfig, study: optuna.Study, best: float) -> bool:
+    """Whether a search ends: at the goal, or where `sweep.stop` would end it."""
+    if not task.enough:
+        return best < GOAL
+    if len(study.trials) <= task.startup:
+        return False
+    found = outlook(config, SPACE, study)
+    return found is not None and found.gain < found.noise
 
 
 def move(study: optuna.Study, trial: optuna.Trial, params: dict[str, float]) -> None:
@@ -207,9 +222,15 @@ def summary(frame: pd.DataFrame, column: str, reference: str) -> dict[str, Any]:
     return found
 
 
+def quantiles(regret: pd.Series[float]) -> dict[str, float | None]:
+    """Of the regret, in standard deviations over seeds."""
+    found = {q: float(regret.quantile(q, interpolation="nearest")) for q in (0.25, 0.5, 0.75, 0.9)}
+    return {str(q): value if math.isfinite(value) else None for q, value in found.items()}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=("samplers", "pruners"))
+    parser.add_argument("what", choices=("samplers", "pruners", "stopping"))
     parser.add_argument("landscape")
     parser.add_argument("--replays", type=int, default=100)
     parser.add_argument("--startup", type=int, default=SweepConfig().startup)
@@ -221,26 +242,29 @@ def main() -> None:
     args = parser.parse_args()
     started = time.monotonic()
     samplers = args.sampler or (SAMPLERS if args.what == "samplers" else ("tpe",))
-    pruners = args.pruner or (("none",) if args.what == "samplers" else PRUNERS)
+    pruners = args.pruner or (PRUNERS if args.what == "pruners" else ("none",))
     tasks = [
         Task(landscape=args.landscape, sampler=sampler, pruner=pruner, seed=seed,
-             startup=args.startup, limit=args.limit)
+             startup=args.startup, limit=args.limit, enough=args.what == "stopping")
         for seed in range(args.replays) for sampler in samplers for pruner in pruners
     ]  # fmt: skip
     frame = pd.DataFrame(run(tasks, args.workers))
-    if args.what == "samplers":
-        column, reference = "trials", f"tpe, {pruners[0]}"
-    else:
+    column, reference = "trials", f"tpe, {pruners[0]}"
+    if args.what == "pruners":
         column, reference = "steps", f"{samplers[0]}, median"
+    until = f"the regret is below {GOAL:g} standard deviation over seeds"
+    if args.what == "stopping":
+        until = "no trial is expected to gain more than the noise"
     result = {
         "command": shlex.join(["python", *sys.argv]),
-        "counted": f"{column} until the regret is below {GOAL:g} standard deviation over seeds",
+        "counted": f"{column} until {until}",
         "arms": summary(frame, column, reference),
         "replays": args.replays,
         "startup": args.startup,
         "limit": args.limit,
         "by_replay": {arm: rows.sort_values("seed")[column].to_list()
                       for arm, rows in frame.groupby("arm", sort=False)},
+        "regret_at_the_end": quantiles(frame["regret"]) if args.what == "stopping" else None,
         "seconds": time.monotonic() - started,
         "machine": f"{processor()}, {args.workers} processes of one thread",
         "versions": {"python": platform.python_version(), "torch": torch.__version__,
