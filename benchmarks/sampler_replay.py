@@ -155,7 +155,7 @@ def stops(task: Task, config: SweepConfig, study: optuna.Study, best: float) -> 
     if len(study.trials) <= task.startup:
         return False
     found = outlook(config, SPACE, study)
-    return found is not None and found.gain < found.noise
+    return found is not None and found.enough
 
 
 def move(study: optuna.Study, trial: optuna.Trial, params: dict[str, float]) -> None:
@@ -238,6 +238,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--sampler", action="append", choices=SAMPLERS)
     parser.add_argument("--pruner", action="append", choices=PRUNERS)
+    parser.add_argument("--nearest", action="store_true", help="take the point nearest a proposal")
     parser.add_argument("--out", type=Path, default=Path("runs/sampler_replay"))
     args = parser.parse_args()
     started = time.monotonic()
@@ -245,16 +246,17 @@ def main() -> None:
     pruners = args.pruner or (PRUNERS if args.what == "pruners" else ("none",))
     tasks = [
         Task(landscape=args.landscape, sampler=sampler, pruner=pruner, seed=seed,
-             startup=args.startup, limit=args.limit, enough=args.what == "stopping")
+             startup=args.startup, limit=args.limit, enough=args.what == "stopping",
+             nearest=args.nearest)
         for seed in range(args.replays) for sampler in samplers for pruner in pruners
     ]  # fmt: skip
     frame = pd.DataFrame(run(tasks, args.workers))
-    column, reference = "trials", f"tpe, {pruners[0]}"
+    column, reference = "trials", f"tpe{' (nearest)' * args.nearest}, {pruners[0]}"
     if args.what == "pruners":
         column, reference = "steps", f"{samplers[0]}, median"
     until = f"the regret is below {GOAL:g} standard deviation over seeds"
     if args.what == "stopping":
-        until = "no trial is expected to gain more than the noise"
+        until = "no trial is expected to gain half the noise"
     result = {
         "command": shlex.join(["python", *sys.argv]),
         "counted": f"{column} until {until}",
@@ -270,7 +272,7 @@ def main() -> None:
         "versions": {"python": platform.python_version(), "torch": torch.__version__,
                      "optuna": optuna.__version__},
     }  # fmt: skip
-    write_json(args.out / f"{args.landscape}_{args.what}.json", result)
+    write_json(args.out / f"{args.landscape}_{args.what}{'_nearest' * args.nearest}.json", result)
     for arm, row in result["arms"].items():
         print(arm, row)
 

@@ -95,7 +95,7 @@ class SweepConfig(BaseModel):
         (), description="tried first: tables of what is searched, bundle.json or sweep.json files"
     )
     stop: bool = Field(
-        False, description="end early, once no trial is expected to gain more than the noise"
+        False, description="end early, once no trial is expected to gain half the noise"
     )
 
     @model_validator(mode="after")

@@ -114,6 +114,14 @@ class Proposal:
     gain: float
     noise: float
 
+    @property
+    def enough(self) -> bool:
+        """Whether another trial is not worth it: it is expected to gain less than half the noise.
+
+        At the noise itself replayed searches ended too early (docs/decisions/0005-search.md).
+        """
+        return self.gain < self.noise / 2
+
 
 def propose(
     space: Space,

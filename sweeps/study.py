@@ -179,7 +179,7 @@ class Search:
             self._done(job, known)
 
     def _enough(self) -> bool:
-        """Whether the search ends early: no trial is expected to gain more than the noise."""
+        """Whether the search ends early: another trial is not expected to gain much."""
         if not self._config.stop or budget_used(self.study) <= self._config.startup:
             return False
         found = outlook(self._config, self.workspace.experiment.search, self.study)
@@ -187,7 +187,7 @@ class Search:
             return False
         gain, noise = f"{found.gain:.4f}", f"{found.noise:.4f}"
         self.progress(f"another trial is expected to gain {gain} nats; the noise is {noise}")
-        return found.gain < found.noise
+        return found.enough
 
     def _ask(self) -> optuna.Trial:
         config, space = self._config, self.workspace.experiment.search

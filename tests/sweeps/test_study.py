@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import optuna
 import pytest
 from optuna.trial import TrialState
@@ -18,6 +19,7 @@ from sweeps import storage as storage_module
 from sweeps import study as study_module
 from sweeps.experiment import Experiment, Range
 from sweeps.pool import PoolConfig
+from sweeps.proposal import Proposal
 from sweeps.storage import shown
 from sweeps.study import budget_used, open_study, requeue_interrupted
 from sweeps.sweep import run_sweep
@@ -278,6 +280,23 @@ def test_a_trial_cut_off_before_it_drew_anything_is_not_tried_again(
     assert requeue_interrupted(study, exclusive=True) == [0]
     assert [trial.state for trial in study.get_trials()] == [TrialState.FAIL]
     assert budget_used(study) == 0
+
+
+@pytest.mark.parametrize(("gain", "trials"), [(0.0, 2), (0.6, 3)])
+def test_a_search_ends_early_where_it_may_and_nothing_is_to_be_gained(
+    workspace: Workspace, monkeypatch: pytest.MonkeyPatch, gain: float, trials: int
+) -> None:
+    found = Proposal(place=np.zeros(1), gain=gain, noise=1.0)
+    monkeypatch.setattr(study_module, "outlook", lambda *given: found)
+    record = workspace.experiment.canonical
+    record["sweep"] |= {"stop": True, "startup": 1}
+    workspace = Workspace(Experiment.model_validate(record), workspace.root)
+    said: list[str] = []
+    run_sweep(workspace, PoolConfig(workers=1, threads=1),
+              progress=lambda line, share=None: said.append(line))  # fmt: skip
+    assert len(open_study(workspace.experiment, workspace.corpus.fingerprint,
+                          workspace.folder("sweep")).trials) == trials  # fmt: skip
+    assert f"another trial is expected to gain {gain:.4f} nats; the noise is 1.0000" in said
 
 
 def test_no_two_trials_have_one_sampler_seed_after_a_kill(
