@@ -80,6 +80,7 @@ COMMANDS = {
     "init": _sweeps("init", "Write a commented experiment file."),
     "coord-check": _sweeps("coord_check", "Check that activations keep their size over widths."),
     "sweep": _sweeps("sweep", "Search the hyperparameters on the small proxy."),
+    "sweep-report": _sweeps("sweep_report", "Say how sure a sweep is of its optimum."),
     "transfer-check": _sweeps("transfer_check", "Check that the best learning rate stays put."),
     "export": _sweeps("export", "Write the hyperparameter bundle, with its evidence."),
     "bundle": Late(

@@ -192,6 +192,30 @@ def sweep(
     print(f"-> {workspace.folder('sweep')}/trials.csv")
 
 
+def sweep_report(
+    exp: Exp,
+    out: Out = None,
+    storage: Annotated[
+        str | None, typer.Option(help="URL of the study's storage, where the sweep had one.")
+    ] = None,
+) -> None:
+    """Says how sure a finished sweep is: the optimum, its interval, and what matters."""
+    from rich.console import Console
+
+    from sweeps.report import run_report, table
+
+    quiet_optuna()
+    workspace = open_workspace(exp, out)
+    report, surface = run_report(workspace, storage)
+    if surface is not None:
+        console = Console()
+        console.width = max(console.width, 100)  # the table's
+        console.print(table(report, surface))
+    for note in report["notes"]:
+        print(f"note: {note}")
+    print(f"-> {workspace.folder('sweep-report')}/sweep_report.json, surface.png, history.png")
+
+
 def transfer_check(
     exp: Annotated[
         str | None, typer.Argument(metavar="[EXP]", help="Experiment file, or a shipped name.")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import rfc8785
 from pydantic import (
@@ -76,6 +76,9 @@ def _default_search() -> dict[str, Range]:
     }
 
 
+Sampler = Literal["tpe", "surrogate", "gp", "qmc", "grid", "random"]
+
+
 class SweepConfig(BaseModel):
     """How the search is run."""
 
@@ -85,8 +88,15 @@ class SweepConfig(BaseModel):
     confirm: int = Field(4, ge=1, le=1000, description="best trials repeated over more seeds")
     confirm_seeds: int = Field(3, ge=1, le=100, description="seeds that the winner is chosen on")
     startup: int = Field(12, ge=1, description="first trials, drawn before the model takes over")
+    sampler: Sampler = Field("tpe", description="what draws the trials after the start")
     pruning: bool = Field(True, description="stop trials worse than the median at a rung")
     seed: int = Field(0, ge=0, le=MAX_INTEGER, description="of the sampler")
+    enqueue: tuple[dict[str, float] | str, ...] = Field(
+        (), description="tried first: tables of what is searched, bundle.json or sweep.json files"
+    )
+    stop: bool = Field(
+        False, description="end early, once no trial is expected to gain half the noise"
+    )
 
     @model_validator(mode="after")
     def _seeds(self) -> SweepConfig:
@@ -193,6 +203,23 @@ class Experiment(BaseModel):
                         got=value,
                         expected=error.errors()[0]["msg"].removeprefix("Input should be "),
                     ) from None
+
+        for index, entry in enumerate(self.sweep.enqueue):
+            if not isinstance(entry, str):
+                self.check_point(entry, f"sweep.enqueue[{index}]")
+
+    def check_point(self, point: Mapping[str, float], where: str) -> None:
+        """Refuses hyperparameters that are not searched, or lie outside their ranges."""
+        for name, value in point.items():
+            if name not in self.search:
+                raise UserError("this hyperparameter is not searched", where=f"{where}.{name}",
+                                got=name, expected=", ".join(self.search),
+                                cure="Set it in [params].")  # fmt: skip
+            bounds = self.search[name]
+            if not bounds.low <= value <= bounds.high:
+                raise UserError("outside the range that is searched", where=f"{where}.{name}",
+                                got=value, expected=f"{bounds.low:.4g} … {bounds.high:.4g}",
+                                cure=f"Widen search.{name}.")  # fmt: skip
 
     def _check_lengths(self) -> None:
         """Refuses sequences and evaluations that do not fit; all in tokens."""

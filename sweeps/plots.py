@@ -95,7 +95,7 @@ def slice_figure(data: SweepData) -> Figure:
         name = data.parameters[place]
         if name in data.log:
             axes.set_xscale("log", base=2)
-            axes.xaxis.set_major_formatter(lambda x, _: _power_label(x))
+            axes.xaxis.set_major_formatter(lambda x, _: power_label(x))
         axes.plot(complete[name], losses, "o", color="tab:blue", ms=4, alpha=0.6)
         for state, marker, height in (("PRUNED", "v", 0.93), ("FAIL", "x", 0.98)):
             x = data.trials.loc[data.trials["state"] == state, name]
@@ -112,7 +112,7 @@ def slice_figure(data: SweepData) -> Figure:
     return figure
 
 
-def _power_label(value: float) -> str:
+def power_label(value: float) -> str:
     """`8`, `0.5`, and below a quarter the power of two, as learning rates are quoted."""
     return f"{value:.3g}" if value >= 0.25 else f"$2^{{{round(math.log2(value))}}}$"
 

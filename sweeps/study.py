@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import time
-import warnings
 from collections import deque
 from pathlib import Path
 from typing import Any
 
 import optuna
 from optuna.exceptions import UpdateFinishedTrialError
-from optuna.samplers import TPESampler
 from optuna.trial import FrozenTrial, TrialState
 
 from mutransfer.bundle_evidence import mean_and_error
@@ -23,6 +21,8 @@ from sweeps.experiment import Experiment, first_difference
 from sweeps.lease import Lease
 from sweeps.ledger import Ledger
 from sweeps.pool import PoolConfig, run_jobs
+from sweeps.pruner import HalvingPruner
+from sweeps.sampler import make_sampler, outlook
 from sweeps.storage import connect, place
 from sweeps.workspace import Workspace
 
@@ -139,9 +139,13 @@ def _superfluous(study: optuna.Study, trial: optuna.Trial, budget: int) -> str |
     before = [t for t in trials if t.number < trial.number]
     if sum(map(_counts, before)) >= budget:
         return "the budget is used"
-    continues = trial.user_attrs.get("continues")
-    if continues is not None and any(t.user_attrs.get("continues") == continues for t in before):
-        return "another one continues the same trial"
+    for name, why in (
+        ("continues", "another one continues the same trial"),
+        ("first", "another one was queued first with the same point"),
+    ):
+        value = trial.user_attrs.get(name)
+        if value is not None and any(t.user_attrs.get(name) == value for t in before):
+            return why
     return None
 
 
@@ -176,6 +180,8 @@ class Search:
         self._queue: deque[Job] = deque()
         self._losses: dict[int, dict[int, float]] = {}
         self._asked: dict[int, optuna.Trial] = {}
+        # as `ask` asks it for the space; what it draws, each trial's own one draws
+        study.sampler = make_sampler(self._config, workspace.experiment.search, 0)
 
     def run(self, pool: PoolConfig) -> None:
         """Works until the budget is used and every trial is told, those of other processes too.
@@ -221,7 +227,7 @@ class Search:
             else:
                 if self.lease is not None:
                     self._requeue()
-                if not self._has_room():
+                if self._is_done():
                     return None
                 if (trial := self._ask()) is None:
                     continue
@@ -231,19 +237,31 @@ class Search:
                 return job
             self._done(job, known)
 
-    def _has_room(self) -> bool:
-        """Whether to ask: a trial waits, or there is budget for another one."""
-        waiting = self.study.get_trials(deepcopy=False, states=(TrialState.WAITING,))
-        return bool(waiting) or budget_used(self.study) < self.trials
+    def _is_done(self) -> bool:
+        """Whether there is nothing to ask for: no trial waits, and no other one is wanted."""
+        if self.study.get_trials(deepcopy=False, states=(TrialState.WAITING,)):
+            return False
+        return budget_used(self.study) >= self.trials or self._enough()
+
+    def _enough(self) -> bool:
+        """Whether the search ends early: another trial is not expected to gain much."""
+        if not self._config.stop or budget_used(self.study) <= self._config.startup:
+            return False
+        found = outlook(self._config, self.workspace.experiment.search, self.study)
+        if found is None:
+            return False
+        gain, noise = f"{found.gain:.4f}", f"{found.noise:.4f}"
+        self.progress(f"another trial is expected to gain {gain} nats; the noise is {noise}")
+        return found.enough
 
     def _ask(self) -> optuna.Trial | None:
         """The next trial with its parameters; `None` where another process was faster."""
         config, space = self._config, self.workspace.experiment.search
-        # a sampler per trial, seeded by its number: a resumed study draws what it would have
-        number = _next_number(self.study)
-        self.study.sampler = _sampler(config.seed + 1000 * number, config.startup)
-        self.study.pruner = optuna.pruners.MedianPruner(n_startup_trials=config.startup)
+        self.study.pruner = HalvingPruner(
+            self.workspace.experiment.train.evaluate_after, startup=config.startup
+        )
         trial = self.study.ask()
+        self.study.sampler = make_sampler(config, space, trial.number)
         try:
             if self.lease is not None:
                 trial.set_user_attr("owner", self.lease.owner)
@@ -322,13 +340,6 @@ class Search:
         self.progress(f"trial {trial.number} was taken over by another process; it counts there")
 
 
-def _next_number(study: optuna.Study) -> int:
-    """The number of the trial that `ask` gives next: the first one queued, or a new one."""
-    trials = study.get_trials(deepcopy=False)
-    queued = (trial.number for trial in trials if trial.state == TrialState.WAITING)
-    return min(queued, default=len(trials))
-
-
 _WORDS = {TrialState.PRUNED: "pruned", TrialState.FAIL: "diverged"}
 
 
@@ -345,15 +356,6 @@ def _best(study: optuna.Study) -> str:
 def _value(trial: FrozenTrial) -> float:
     assert trial.value is not None
     return trial.value
-
-
-def _sampler(seed: int, startup: int) -> TPESampler:
-    with warnings.catch_warnings():
-        # multivariate and constant_liar are marked experimental; the pinned behaviour suits us
-        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-        return TPESampler(
-            seed=seed % 2**32, n_startup_trials=startup, multivariate=True, constant_liar=True
-        )
 
 
 def params_of(experiment: Experiment, searched: dict[str, Any]) -> BaseParams:

@@ -13,6 +13,7 @@ from mutransfer.files import atomic_path
 from mutransfer.progress import Report, part, quiet
 from mutransfer.rules import BaseParams
 from sweeps.experiment import Experiment
+from sweeps.first_points import enqueue_first
 from sweeps.lease import LEASE, Lease
 from sweeps.pool import PoolConfig
 from sweeps.selection import confirm, read_trials, steps_taken, trials_frame
@@ -55,6 +56,7 @@ def run_sweep(
     e, folder = workspace.experiment, workspace.folder("sweep")
     with workspace.ledger() as ledger:
         study = open_study(e, workspace.corpus.fingerprint, folder, storage, progress)
+        enqueue_first(study, e)
         budget = trials or e.sweep.trials
         runs = budget * e.sweep.seeds
         share = runs / (runs + e.sweep.confirm * (e.sweep.confirm_seeds - e.sweep.seeds))

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import optuna
 import pytest
 from optuna.trial import TrialState
@@ -16,6 +17,7 @@ from sweeps import study as study_module
 from sweeps.experiment import Experiment, Range
 from sweeps.patience import PatientStorage
 from sweeps.pool import PoolConfig
+from sweeps.proposal import Proposal
 from sweeps.storage import refuse_password, shown
 from sweeps.study import budget_used, open_study, requeue_interrupted
 from sweeps.sweep import run_sweep
@@ -285,14 +287,31 @@ def test_a_trial_cut_off_before_it_drew_anything_is_not_tried_again(
     assert budget_used(study) == 0
 
 
+@pytest.mark.parametrize(("gain", "trials"), [(0.0, 2), (0.6, 3)])
+def test_a_search_ends_early_where_it_may_and_nothing_is_to_be_gained(
+    workspace: Workspace, monkeypatch: pytest.MonkeyPatch, gain: float, trials: int
+) -> None:
+    found = Proposal(place=np.zeros(1), gain=gain, noise=1.0)
+    monkeypatch.setattr(study_module, "outlook", lambda *given: found)
+    record = workspace.experiment.canonical
+    record["sweep"] |= {"stop": True, "startup": 1}
+    workspace = Workspace(Experiment.model_validate(record), workspace.root)
+    said: list[str] = []
+    run_sweep(workspace, PoolConfig(workers=1, threads=1),
+              progress=lambda line, share=None: said.append(line))  # fmt: skip
+    assert len(open_study(workspace.experiment, workspace.corpus.fingerprint,
+                          workspace.folder("sweep")).trials) == trials  # fmt: skip
+    assert f"another trial is expected to gain {gain:.4f} nats; the noise is 1.0000" in said
+
+
 def test_no_two_trials_have_one_sampler_seed_after_a_kill(
     workspace: Workspace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Two trials are cut off while one had drawn nothing, the other a part of its parameters."""
-    seeds: list[int] = []
-    sampler = study_module._sampler
+    numbers: list[int] = []
+    sampler = study_module.make_sampler
     monkeypatch.setattr(
-        study_module, "_sampler", lambda seed, startup: seeds.append(seed) or sampler(seed, startup)
+        study_module, "make_sampler", lambda *given: numbers.append(given[-1]) or sampler(*given)
     )
     e = workspace.experiment
     search = e.search | {"init_std": Range(low=0.01, high=0.1), "beta2": Range(low=0.9, high=0.99)}
@@ -306,7 +325,7 @@ def test_no_two_trials_have_one_sampler_seed_after_a_kill(
     trials = [t for t in study.get_trials() if "interrupted" not in t.user_attrs]
     assert len(trials) == e.sweep.trials
     assert trials[0].user_attrs["continues"] == 1
-    assert seeds == [e.sweep.seed + 1000 * trial.number for trial in trials]
+    assert numbers == [0] + [trial.number for trial in trials]
     for name in search:
         values = [trial.params[name] for trial in trials]
         assert len(set(values)) == len(values), name
