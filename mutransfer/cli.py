@@ -91,7 +91,7 @@ COMMANDS = {
     "preflight": Late(
         module="full_scale.cli",
         attribute="preflight",
-        help="Check the real target's first steps before it is paid for.",
+        help="Check the target's first steps before it is paid.",
         siblings=("proxies", "full_scale"),
     ),
     "train": Late(

@@ -196,10 +196,15 @@ def sweep_report(
     exp: Exp,
     out: Out = None,
     storage: Annotated[
-        str | None, typer.Option(help="URL of the study's storage, where the sweep had one.")
+        str | None,
+        typer.Option(
+            envvar="MUTRANSFER_STORAGE", help="URL of the study's database, where it has one."
+        ),
     ] = None,
 ) -> None:
     """Says how sure a finished sweep is: the optimum, its interval, and what matters."""
+    if storage is not None and storage != os.environ.get("MUTRANSFER_STORAGE"):
+        refuse_password(storage)
     from rich.console import Console
 
     from sweeps.report import run_report, table

@@ -120,11 +120,11 @@ def test_of_many_that_ask_at_once_the_first_have_the_budget(
         search(experiment, tmp_path / str(i), again(experiment, tmp_path, url), trials=3)
         for i in range(5)
     ]
-    assert all(asker._has_room() for asker in askers)
+    assert not any(asker._is_done() for asker in askers)
     trials = [asker._ask() for asker in askers]
     assert [trial is None for trial in trials] == [False, False, False, True, True]
     assert budget_used(study) == 3
-    assert not askers[0]._has_room()
+    assert askers[0]._is_done()
     assert {t.user_attrs.get("interrupted") for t in study.trials[3:]} == {"the budget is used"}
 
 
