@@ -116,3 +116,28 @@ def test_one_billion_on_100_billion_tokens() -> None:
     tokens = {phase.name: phase.tokens / recipe.horizon_tokens for phase in recipe.phases}
     assert tokens["decay"] == pytest.approx(0.2, abs=0.005)
     assert tokens["long-context"] == pytest.approx(0.015, abs=0.001)
+
+
+@pytest.mark.parametrize("name", XMODEL)
+def test_mixtures_of_xmodel(name: str) -> None:
+    """Thirteen sources up to the decay; from there eleven, two thirds of it instructions."""
+    recipe = load_recipe(name)
+    mixtures = {p.name: recipe.mixture_of(p) or {} for p in recipe.phases}
+    for phase in ("W", "S1", "S2"):
+        assert len(mixtures[phase]) == 13
+        assert mixtures[phase]["ultrafineweb-en"] == 0.41
+    for phase in mixtures.keys() - {"W", "S1", "S2"}:
+        assert len(mixtures[phase]) == 11
+        assert mixtures[phase]["sft_mixed_v2_deduped_v4"] == 0.6687
+    assert all(abs(sum(each.values()) - 1) < 1e-3 for each in mixtures.values())
+    assert set(recipe.sources) == set(mixtures["S1"]) | set(mixtures["D"])
+
+
+@pytest.mark.skipif(not REFERENCE.exists(), reason="needs the reference's numbers")
+def test_mixtures_are_the_reference_s() -> None:
+    phases = {phase["name"]: phase for phase in json.loads(REFERENCE.read_text())["phases"]}
+    recipe = load_recipe("xmodel-2.5")
+    for ours, theirs in (("S1", "warmup+S1"), ("S2", "S2"), ("D", "decay_muon"),
+                         ("L8k", "LCR_8k"), ("L16k", "LCR_16k")):  # fmt: skip
+        (phase,) = (p for p in recipe.phases if p.name == ours)
+        assert recipe.mixture_of(phase) == phases[theirs]["data"]
