@@ -34,11 +34,15 @@ class Footprint:
 
 
 def measure_footprint(corpus: Corpus, spec: RunSpec, *, device: str = "cpu") -> Footprint:
-    """Builds one and two members, takes a step with each and evaluates; uncompiled.
+    """Builds one and two members, takes two steps with each and evaluates; uncompiled.
+
+    The second step is that of the hand-over to Muon, where there is one.
 
     A compiled step keeps less, so that it fits too. What the step allocates on a CPU is counted
     operation by operation, on a GPU by its allocator.
     """
+    if torch.device(device).type == "cuda":
+        _peak(corpus, [spec], device)  # libraries take their workspaces once, and keep them
     one, two = (_peak(corpus, [spec] * members, device) for members in (1, 2))
     return Footprint(fixed=max(0, 2 * one - two), per_member=max(1, two - one))
 
@@ -87,18 +91,22 @@ def megabytes(size: int) -> str:
 
 
 def _peak(corpus: Corpus, specs: Sequence[RunSpec], device: str) -> int:
-    def train() -> None:
+    train = specs[0].train
+
+    def work() -> None:
         population = Population(corpus, specs, device=device)
         population.step()
-        population.step()  # the optimizer's states are there in the second
+        for member in population.members:  # on to the hand-over, if there is one
+            member.step = max(member.step, member.spec.train.schedule.decay_start(train.steps))
+        population.step()
         population.evaluate(population.members)
 
     if torch.device(device).type == "cuda":
         torch.cuda.synchronize(device)
         before = torch.cuda.memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)
-        train()
+        work()
         return int(torch.cuda.max_memory_allocated(device)) - before
     with LiveStorages() as live:
-        peak: int = live.added(train)
+        peak: int = live.added(work)
         return peak

@@ -11,16 +11,20 @@ import os
 import socket
 import threading
 import uuid
+from contextlib import suppress
 from types import TracebackType
 from typing import Self
 
 import optuna
+
+from mutransfer.errors import UserError
 
 LEASE = 60.0
 """Seconds without a beat after which a process is gone."""
 
 _MISSES = 4
 _PREFIX = "beats of "
+_SECONDS = "lease"
 _LEFT = -1
 _GOODBYE = 3.0
 
@@ -38,7 +42,7 @@ class Lease:
 
     def __init__(self, study: optuna.Study, seconds: float = LEASE) -> None:
         self.owner = f"{socket.gethostname()}:{os.getpid()}:{uuid.uuid4().hex[:8]}"
-        self.interval = seconds / _MISSES
+        self.interval, self._seconds = seconds / _MISSES, seconds
         self._study, self._beats = study, 0
         self._seen: dict[str, tuple[int, int]] = {}
         self._stop = threading.Event()
@@ -46,6 +50,17 @@ class Lease:
         self._thread = threading.Thread(target=self._keep_beating, daemon=True)
 
     def __enter__(self) -> Self:
+        """Takes the place.
+
+        Raises:
+            UserError: The processes at this study have another lease.
+        """
+        theirs = self._study.user_attrs.get(_SECONDS)
+        if theirs is None:
+            self._study.set_user_attr(_SECONDS, self._seconds)
+        elif theirs != self._seconds:
+            raise UserError("processes at one study have one lease", where="--lease",
+                            got=self._seconds, expected=theirs)  # fmt: skip
         self.beat()
         self._thread.start()
         return self
@@ -58,15 +73,15 @@ class Lease:
     ) -> None:
         """Leaves the study: what this process had in work is free at once."""
         self._stop.set()
-        leave = threading.Thread(
-            target=self._study.set_user_attr, args=(_PREFIX + self.owner, _LEFT), daemon=True
-        )
+        leave = threading.Thread(target=self._leave, daemon=True)
         leave.start()
         leave.join(_GOODBYE)  # a database that is away must not keep the user
 
     def beat(self) -> None:
         """Gives a sign of life, and looks for those of the others."""
         with self._lock:
+            if self._stop.is_set():
+                return
             self._study.set_user_attr(_PREFIX + self.owner, self._beats + 1)
             self._beats += 1  # written, and only then counted
             counts = self._study.user_attrs
@@ -91,4 +106,9 @@ class Lease:
 
     def _keep_beating(self) -> None:
         while not self._stop.wait(self.interval):
-            self.beat()
+            with suppress(Exception):  # the process hears of it with its own next question
+                self.beat()
+
+    def _leave(self) -> None:
+        with self._lock:
+            self._study.set_user_attr(_PREFIX + self.owner, _LEFT)

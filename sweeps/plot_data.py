@@ -14,6 +14,7 @@ from optuna.trial import TrialState
 from mutransfer.errors import UserError
 from mutransfer.transfer_fit import Floats
 from mutransfer.transfer_plot import loss_ceiling
+from sweeps.interrupted import is_interrupted
 
 STATES = ("COMPLETE", "PRUNED", "FAIL")
 _MIN_TRIALS, _TOP_TRIALS, _TOP_FRACTION = 10, 5, 0.1
@@ -67,7 +68,7 @@ def sweep_data(study: optuna.Study, best: int | None = None) -> SweepData:
     ended = [
         trial
         for trial in study.get_trials(deepcopy=False)
-        if trial.state.name in STATES and "interrupted" not in trial.user_attrs and trial.params
+        if trial.state.name in STATES and not is_interrupted(trial) and trial.params
     ]
     if not ended:
         raise UserError("no trial has ended, so there is nothing to draw", where=where)

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from optuna.trial import FrozenTrial, TrialState
 
+from sweeps.interrupted import is_interrupted
 from sweeps.space import Space, to_unit
 from sweeps.surrogate import Floats, expected_improvement, fit
 
@@ -43,9 +44,7 @@ def observe(space: Space, trials: Sequence[FrozenTrial]) -> Observations | None:
     A trial that was pruned counts with the loss that its last rung foretells, less surely; one
     that diverged as the worst of the others.
     """
-    trials = [
-        t for t in trials if "interrupted" not in t.user_attrs and t.params.keys() >= space.keys()
-    ]
+    trials = [t for t in trials if not is_interrupted(t) and t.params.keys() >= space.keys()]
     complete = [t for t in trials if t.state == TrialState.COMPLETE]
     if len(complete) < 2:
         return None

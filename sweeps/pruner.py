@@ -17,6 +17,8 @@ import optuna
 from optuna.pruners import BasePruner
 from optuna.trial import FrozenTrial
 
+from sweeps.interrupted import is_interrupted
+
 FACTOR = 2  # a rung stops all but the best 1 / FACTOR
 
 
@@ -53,7 +55,7 @@ class HalvingPruner(BasePruner):
             for other in study.get_trials(deepcopy=False)
             if other.number != trial.number
             and step in other.intermediate_values
-            and "interrupted" not in other.user_attrs
+            and not is_interrupted(other)
         ]
         if len(others) < self._startup:
             return False

@@ -12,6 +12,7 @@ from mutransfer.bundle_evidence import Study, Trial
 from mutransfer.errors import UserError
 from mutransfer.progress import Report, quiet
 from sweeps.desk import Job
+from sweeps.interrupted import is_interrupted
 from sweeps.ledger import Ledger
 from sweeps.pool import PoolConfig, run_missing
 from sweeps.study import params_of
@@ -23,7 +24,7 @@ def read_trials(study: optuna.Study) -> list[Trial]:
     return [
         Trial.of(
             t.number,
-            "INTERRUPTED" if "interrupted" in t.user_attrs else t.state.name,  # type: ignore[arg-type]
+            "INTERRUPTED" if is_interrupted(t) else t.state.name,  # type: ignore[arg-type]
             t.params,
             {int(seed): loss for seed, loss in t.user_attrs.get("losses", {}).items()},
         )

@@ -18,6 +18,14 @@ from mutransfer.rules import BaseParams
 from proxies.run import RunResult
 from sweeps.desk import Job
 from sweeps.experiment import Experiment, first_difference
+from sweeps.interrupted import (
+    budget_used,
+    give_up,
+    is_interrupted,
+    requeue_interrupted,
+    require_same,
+    superfluous,
+)
 from sweeps.lease import Lease
 from sweeps.ledger import Ledger
 from sweeps.pool import PoolConfig, run_jobs
@@ -72,81 +80,6 @@ def open_study(
         if name not in known:
             study.set_user_attr(name, value)
     return study
-
-
-GONE = "its process is gone"
-
-
-def budget_used(study: optuna.Study) -> int:
-    """Trials that count: all but those that were cut off and asked anew."""
-    return sum(map(_counts, study.get_trials(deepcopy=False)))
-
-
-def _counts(trial: FrozenTrial) -> bool:
-    return "interrupted" not in trial.user_attrs
-
-
-def requeue_interrupted(study: optuna.Study, lease: Lease | None = None) -> list[int]:
-    """Gives up trials whose process is gone, and queues the parameters of all such ones again.
-
-    Giving up has one winner, whoever else tries or finishes the trial at that moment. Queueing has
-    not: a process that is killed in between leaves it to the next one, and what two of them queue
-    at once is dropped as it is asked for (`Search`).
-
-    Args:
-        study: The study.
-        lease: Who is at work; `None` where this process is known to be the only one, as it is with
-            the embedded storage, whose ledger is locked.
-
-    Returns:
-        The numbers of the trials that were given up or queued.
-    """
-    found = set()
-    for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
-        gone = lease is None or lease.is_gone(trial.user_attrs.get("owner"), trial.number)
-        if gone and _give_up(study, trial, GONE):
-            found.add(trial.number)
-    trials = study.get_trials(deepcopy=False)
-    continued = {trial.user_attrs.get("continues") for trial in trials}
-    for trial in trials:
-        if trial.user_attrs.get("interrupted") == GONE and trial.number not in continued:
-            # cut off again before it had taken up all that was queued for it
-            params = trial.system_attrs.get("fixed_params", {}) | trial.params
-            if params:  # cut off before it had drawn any, there is nothing to lose
-                study.enqueue_trial(params, user_attrs={"continues": trial.number})
-                found.add(trial.number)
-    return sorted(found)
-
-
-def _give_up(study: optuna.Study, trial: FrozenTrial | optuna.Trial, why: str) -> bool:
-    """Ends a trial that does not count; false where it has ended already."""
-    try:
-        optuna.Trial(study, trial._trial_id).set_user_attr("interrupted", why)
-        study.tell(trial.number, state=TrialState.FAIL)
-    except (UpdateFinishedTrialError, ValueError):
-        return False
-    return True
-
-
-def _superfluous(study: optuna.Study, trial: optuna.Trial, budget: int) -> str | None:
-    """Why a trial that was just asked for must not be run, if so.
-
-    Many processes may ask at once. Trials have one order, that of their numbers, by which all of
-    them decide alike and for themselves: the budget belongs to the first ones that count, and
-    what is to be continued to the first that does.
-    """
-    trials = study.get_trials(deepcopy=False)
-    before = [t for t in trials if t.number < trial.number]
-    if sum(map(_counts, before)) >= budget:
-        return "the budget is used"
-    for name, why in (
-        ("continues", "another one continues the same trial"),
-        ("first", "another one was queued first with the same point"),
-    ):
-        value = trial.user_attrs.get(name)
-        if value is not None and any(t.user_attrs.get(name) == value for t in before):
-            return why
-    return None
 
 
 class Search:
@@ -241,11 +174,14 @@ class Search:
         """Whether there is nothing to ask for: no trial waits, and no other one is wanted."""
         if self.study.get_trials(deepcopy=False, states=(TrialState.WAITING,)):
             return False
-        return budget_used(self.study) >= self.trials or self._enough()
+        return self._used() >= self.trials or self._enough()
+
+    def _used(self) -> int:
+        return budget_used(self.study.get_trials(deepcopy=False))
 
     def _enough(self) -> bool:
         """Whether the search ends early: another trial is not expected to gain much."""
-        if not self._config.stop or budget_used(self.study) <= self._config.startup:
+        if not self._config.stop or self._used() <= self._config.startup:
             return False
         found = outlook(self._config, self.workspace.experiment.search, self.study)
         if found is None:
@@ -265,8 +201,9 @@ class Search:
         try:
             if self.lease is not None:
                 trial.set_user_attr("owner", self.lease.owner)
-            if (why := _superfluous(self.study, trial, self.trials)) is not None:
-                _give_up(self.study, trial, why)
+                require_same(self.study, self.workspace.experiment.canonical)
+            if (why := superfluous(self.study, trial, self.trials)) is not None:
+                give_up(self.study, trial, why)
                 return None
             for name, bounds in space.items():
                 trial.suggest_float(name, bounds.low, bounds.high, log=True)
@@ -327,7 +264,7 @@ class Search:
             return
         del self._asked[trial.number], self._losses[trial.number]
         done = sum(
-            t.state.is_finished() and "interrupted" not in t.user_attrs
+            t.state.is_finished() and not is_interrupted(t)
             for t in self.study.get_trials(deepcopy=False)
         )
         outcome = f"loss {value:.4f}" if value is not None else _WORDS[state]

@@ -23,7 +23,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
     return prepare(DataConfig(train=(str(folder / "text.txt"),)), folder / "data")
 
 
-@pytest.mark.parametrize("train", [{}, {"handover": True, "decay": 1.0, "warmup": 0.0}])
+@pytest.mark.parametrize("train", [{}, {"handover": True, "decay": 0.5, "warmup": 0.0}])
 def test_it_is_linear_in_members(corpus: Corpus, train: dict[str, object]) -> None:
     spec = RunSpec(
         model=MODEL, base=MODEL, base_width=32, data=corpus.fingerprint,

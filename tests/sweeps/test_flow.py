@@ -20,9 +20,10 @@ from mutransfer.rules import BaseParams
 from proxies.run import RunResult
 from sweeps.experiment import Experiment
 from sweeps.export import run_export
+from sweeps.interrupted import budget_used, requeue_interrupted
 from sweeps.lease import Lease
 from sweeps.pool import PoolConfig
-from sweeps.study import budget_used, open_study, requeue_interrupted
+from sweeps.study import open_study
 from sweeps.sweep import at_borders, load_sweep, run_sweep
 from sweeps.transfer import Grid, run_transfer_check
 from sweeps.workspace import Workspace
@@ -133,7 +134,7 @@ def test_an_interrupted_trial_is_asked_anew_within_the_budget(workspace: Workspa
     study = open_study(workspace.experiment, workspace.corpus.fingerprint, folder)
     trial = study.ask()
     lr = trial.suggest_float("lr", 0.002, 0.05, log=True)
-    assert budget_used(study) == 1
+    assert budget_used(study.get_trials()) == 1
     assert requeue_interrupted(study, Lease(study)) == [], "its owner is unknown, not dead"
     run_sweep(workspace, INLINE)
     _, record = load_sweep(workspace)

@@ -11,12 +11,14 @@ from optuna.storages import RDBStorage
 from optuna.trial import TrialState
 from sqlalchemy.exc import IntegrityError, OperationalError, PendingRollbackError
 
+from mutransfer.errors import UserError
 from sweeps import patience
 from sweeps.experiment import Experiment
+from sweeps.interrupted import budget_used, requeue_interrupted
 from sweeps.lease import Lease
 from sweeps.patience import PatientStorage, is_away
 from sweeps.pool import PoolConfig
-from sweeps.study import Search, budget_used, open_study, requeue_interrupted
+from sweeps.study import Search, open_study
 from sweeps.sweep import load_sweep, run_sweep
 from sweeps.workspace import Workspace
 
@@ -123,7 +125,7 @@ def test_of_many_that_ask_at_once_the_first_have_the_budget(
     assert not any(asker._is_done() for asker in askers)
     trials = [asker._ask() for asker in askers]
     assert [trial is None for trial in trials] == [False, False, False, True, True]
-    assert budget_used(study) == 3
+    assert budget_used(study.get_trials()) == 3
     assert askers[0]._is_done()
     assert {t.user_attrs.get("interrupted") for t in study.trials[3:]} == {"the budget is used"}
 
@@ -165,7 +167,83 @@ def test_a_trial_that_ends_as_it_is_given_up_is_not_continued(
     monkeypatch.setattr(optuna.Study, "get_trials", then_it_ends)
     assert requeue_interrupted(other) == []
     assert [t.state for t in study.trials] == [TrialState.COMPLETE]
-    assert budget_used(study) == 1
+    assert budget_used(study.get_trials()) == 1
+
+
+def test_a_result_told_in_the_middle_of_giving_up_counts(
+    experiment: Experiment, tmp_path: Path, url: str, study: optuna.Study,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """Its process tells between the two words of the one that gives it up."""
+    trial = study.ask()
+    trial.suggest_float("lr", 0.002, 0.05, log=True)
+    other = again(experiment, tmp_path, url)
+    write = optuna.Trial.set_user_attr
+
+    def then_it_ends(self: optuna.Trial, key: str, value: object) -> None:
+        write(self, key, value)
+        study.tell(trial, 2.0)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(optuna.Trial, "set_user_attr", then_it_ends)
+        assert requeue_interrupted(other) == []
+    assert study.trials[0].user_attrs["interrupted"] == "its process is gone"
+    assert requeue_interrupted(other) == []
+    assert [t.state for t in study.trials] == [TrialState.COMPLETE]
+    assert budget_used(study.get_trials()) == 1
+
+
+def test_what_is_to_be_continued_keeps_its_place_in_the_budget(
+    experiment: Experiment, tmp_path: Path, url: str, study: optuna.Study,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """Another process asks after it was given up and before it is queued again."""
+    asker = search(experiment, tmp_path / "run", again(experiment, tmp_path, url), trials=1)
+    study.ask().suggest_float("lr", 0.002, 0.05, log=True)
+    enqueue = optuna.Study.enqueue_trial
+
+    def too_early(self: optuna.Study, *args: Any, **options: Any) -> None:
+        assert asker._is_done()
+        assert asker._ask() is None, "it had looked before"
+        enqueue(self, *args, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(optuna.Study, "enqueue_trial", too_early)
+        assert requeue_interrupted(study) == [0]
+    continuing = asker._ask()
+    assert continuing is not None
+    assert continuing.user_attrs["continues"] == 0
+    assert budget_used(study.get_trials()) == 1
+
+
+def test_a_twin_whose_process_dies_is_not_continued(
+    experiment: Experiment, tmp_path: Path, url: str, study: optuna.Study
+) -> None:
+    """Two processes queued the same trial; who asked for the second died before it dropped it."""
+    lr = study.ask().suggest_float("lr", 0.002, 0.05, log=True)
+    requeue_interrupted(study)
+    study.enqueue_trial({"lr": lr}, user_attrs={"continues": 0})
+    first, _ = study.ask(), study.ask()
+    study.tell(first, 2.0)
+    assert requeue_interrupted(study) == [2]
+    assert len(study.trials) == 3
+
+
+def test_processes_at_one_study_have_one_lease(study: optuna.Study) -> None:
+    with Lease(study, seconds=60.0):
+        wrong = Lease(study, seconds=4.0)
+        with pytest.raises(UserError, match=r"^--lease: .*one lease; got 4\.0; expected 60"):
+            wrong.__enter__()
+
+
+def test_two_experiments_that_open_a_study_at_once(
+    experiment: Experiment, tmp_path: Path, study: optuna.Study
+) -> None:
+    """Each saw none and wrote its own: the one that was overwritten hears of it as it asks."""
+    asker = search(experiment, tmp_path / "run", study, trials=3)
+    study.set_user_attr("experiment", {"name": "another"})
+    with pytest.raises(UserError, match="another experiment has opened a study of the same name"):
+        asker._ask()
 
 
 def test_a_trial_that_is_given_up_while_it_is_asked_for_is_left(
@@ -183,7 +261,7 @@ def test_a_trial_that_is_given_up_while_it_is_asked_for_is_left(
         patch.setattr(optuna.Trial, "suggest_float", too_late)
         assert asker._ask() is None
     assert asker._ask() is not None
-    assert budget_used(study) == 1
+    assert budget_used(study.get_trials()) == 1
 
 
 def test_a_process_that_was_only_slow_loses_its_trial(

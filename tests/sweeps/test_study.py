@@ -15,11 +15,12 @@ from mutransfer.cli import main
 from mutransfer.errors import UserError
 from sweeps import study as study_module
 from sweeps.experiment import Experiment, Range
+from sweeps.interrupted import budget_used, requeue_interrupted
 from sweeps.patience import PatientStorage
 from sweeps.pool import PoolConfig
 from sweeps.proposal import Proposal
 from sweeps.storage import refuse_password, shown
-from sweeps.study import budget_used, open_study, requeue_interrupted
+from sweeps.study import open_study
 from sweeps.sweep import run_sweep
 from sweeps.workspace import Workspace
 
@@ -134,7 +135,7 @@ def test_a_kill_while_requeueing_loses_and_doubles_nothing(
     assert old.user_attrs["interrupted"] == "its process is gone"
     assert new.state == TrialState.WAITING
     assert new.user_attrs["continues"] == 0
-    assert budget_used(study) == 1, "its place in the budget is its continuation's"
+    assert budget_used(study.get_trials()) == 1, "its place in the budget is its continuation's"
     assert study.ask().suggest_float("lr", 0.002, 0.05, log=True) == lr
 
 
@@ -284,7 +285,7 @@ def test_a_trial_cut_off_before_it_drew_anything_is_not_tried_again(
     study.ask()
     assert requeue_interrupted(study) == [0]
     assert [trial.state for trial in study.get_trials()] == [TrialState.FAIL]
-    assert budget_used(study) == 0
+    assert budget_used(study.get_trials()) == 0
 
 
 @pytest.mark.parametrize(("gain", "trials"), [(0.0, 2), (0.6, 3)])
