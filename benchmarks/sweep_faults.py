@@ -31,6 +31,7 @@ from optuna.trial import FrozenTrial, TrialState
 from postgres import Postgres
 
 from mutransfer.files import write_json
+from sweeps.interrupted import GONE, is_interrupted
 from sweeps.pool import cores
 
 RESULT = Path(__file__).parent / "results" / "sweep_faults" / "sweep_faults.json"
@@ -84,7 +85,10 @@ def main() -> None:
         if any(storm.codes):
             print("\n".join(storm.outputs()), file=sys.stderr)
         found = count(server.url, args.trials)
-        errors = [text for text in storm.outputs() if "Error" in text or "Traceback" in text]
+        lines = [line for text in storm.outputs() for line in text.splitlines()]
+        refused = [line for line in lines if "the database refuses: connection failed" in line]
+        errors = [line for line in lines if line.startswith(("Error", "Traceback"))]
+        errors = [line for line in errors if line not in refused]
         secret = server.password in "".join(storm.outputs())
     result = {
         "command": f"python benchmarks/sweep_faults.py --processes {args.processes} --trials "
@@ -97,6 +101,7 @@ def main() -> None:
         "kills": storm.kills,
         "database_away_seconds": args.away,
         "exit_codes": storm.codes,
+        "refused_as_the_database_was_away": len(refused),
         "errors": errors,
         "password_shown": secret,
         **found,
@@ -113,7 +118,7 @@ class Storm:
     """Processes that sweep, and what happens to them.
 
     Attributes:
-        kills: Processes that were killed while they were at work.
+        kills: Processes that were killed while they were at work: they had finished a trial.
         codes: Exit codes of those that came to their end.
     """
 
@@ -127,6 +132,7 @@ class Storm:
             EXPERIMENT.format(text=folder / "text.txt", trials=args.trials)
         )
         self._processes: list[subprocess.Popen[bytes]] = []
+        self._before = dict.fromkeys(range(args.processes), 0)  # trials as a process was started
         self.kills, self.codes = 0, list[int]()
 
     def blow(self) -> None:
@@ -136,18 +142,27 @@ class Storm:
         away = False
         while any(process.poll() is None for process in self._processes):
             time.sleep(self._draw.uniform(0.2, 1.5))
-            alive = [p for p, process in enumerate(self._processes) if process.poll() is None]
-            if self.kills < args.kills and alive and self._trials():
-                place = self._draw.choice(alive)
+            working = [
+                place
+                for place, process in enumerate(self._processes)
+                if process.poll() is None and self._trials(place) > self._before[place]
+            ]
+            if self.kills < args.kills and working:
+                place = self._draw.choice(working)
                 self._processes[place].send_signal(signal.SIGKILL)
                 self._processes[place].wait()
                 self.kills += 1
+                self._before[place] = self._trials(place)
                 self._processes[place] = self._start(place)
-            if not away and self._trials() >= args.trials // 3:
+            if not away and sum(map(self._trials, self._before)) >= args.trials // 3:
                 away = True
                 self._server.stop()
                 time.sleep(args.away)
                 self._server.start()
+                # who came while it was away was refused, and comes again
+                for place, process in enumerate(self._processes):
+                    if process.poll() == 2:
+                        self._processes[place] = self._start(place)
         self.codes = [process.returncode for process in self._processes]
 
     def end(self) -> None:
@@ -173,25 +188,28 @@ class Storm:
                 command, env=environment, stdout=log, stderr=log, start_new_session=True
             )
 
-    def _trials(self) -> int:
-        """Trials finished so far, as the processes tell it."""
-        return sum(text.count("\ntrial ") for text in self.outputs())
+    def _trials(self, place: int) -> int:
+        """Trials that the processes in this place have finished so far, as they tell it."""
+        lines = (self._folder / f"log-{place}").read_text().splitlines()
+        return sum(line.startswith("trial ") and " · " in line for line in lines)
 
 
 def count(url: str, budget: int) -> dict[str, Any]:
     """What became of the trials."""
     study = optuna.load_study(study_name="faults", storage=url)
     trials = study.get_trials(deepcopy=False)
-    counting = [t for t in trials if "interrupted" not in t.user_attrs]
+    counting = [t for t in trials if not is_interrupted(t)]
+    cut = [t for t in trials if is_interrupted(t) and t.user_attrs["interrupted"] == GONE]
     continued = Counter(t.user_attrs["continues"] for t in counting if "continues" in t.user_attrs)
-    continued_at_all = {t.user_attrs["continues"] for t in trials if "continues" in t.user_attrs}
-    cut = [t for t in trials if t.user_attrs.get("interrupted") == "its process is gone"]
+    # by one that counts, or that was cut off itself: not by one that was dropped
+    taken_up = {t.user_attrs.get("continues") for t in (*counting, *cut)} - {None}
     points = Counter(tuple(sorted(t.params.items())) for t in counting)
     return {
         "states": dict(Counter(t.state.name for t in counting)),
-        "cut_off_and_continued": len(continued_at_all),
+        "cut_off": len(cut),
+        "cut_off_and_continued": len(taken_up),
         "dropped": len(trials) - len(counting) - len(cut),
-        "lost": sum(t.number not in continued_at_all for t in cut if t.params),
+        "lost": sum(_is_lost(t, trials, taken_up) for t in cut),
         "stuck": sum(not t.state.is_finished() for t in trials),
         "doubled": sum(n - 1 for n in (*continued.values(), *points.values())),
         "over_budget": max(0, len(counting) - budget),
@@ -199,6 +217,16 @@ def count(url: str, budget: int) -> dict[str, Any]:
         "diverged": sum(_diverged(t) for t in counting),
         "pruned": sum(t.state == TrialState.PRUNED for t in counting),
     }
+
+
+def _is_lost(trial: FrozenTrial, trials: list[FrozenTrial], taken_up: set[Any]) -> bool:
+    """Whether it had something to lose, was no twin of an earlier one, and nobody went on."""
+    task = trial.user_attrs.get("continues")
+    twin = task is not None and any(
+        t.number < trial.number and t.user_attrs.get("continues") == task for t in trials
+    )
+    had = trial.params or trial.system_attrs.get("fixed_params")
+    return bool(had) and not twin and trial.number not in taken_up
 
 
 def _diverged(trial: FrozenTrial) -> bool:

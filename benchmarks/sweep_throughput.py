@@ -5,11 +5,13 @@
 
 64 trials of one proxy that differ in learning rate, init and seed, over the same text:
 
-    ours              `sweeps.pool`, as `mutransfer sweep` sets it up here
+    ours              `sweeps.pool` with what it chooses here, all trials known beforehand, as those of
+                      a transfer check
+    search            the same, with as few at once as a search of the quickstart has in training
     process-per-trial a process for each trial, one after another
     eager             one process, trial after trial
     compiled          one process, trial after trial, one model compiled for all
-    shared-gpu        4 processes with a compiled model each on one GPU (GPU only)
+    shared-gpu-K      K processes with a compiled model each on one GPU (GPU only)
 
 Every arm is a process of its own with a compile cache of its own, empty at first, so that its
 start and its compilation count once. Arms of trials one after another run only `--sample` of the 64
@@ -40,6 +42,7 @@ from typing import Any
 
 import torch
 from machine import processor
+from torch.autograd import DeviceType
 from torch.utils.flop_counter import FlopCounterMode
 
 from mutransfer.files import write_json
@@ -52,14 +55,14 @@ from proxies.run import Runner, RunResult, RunSpec, TrainConfig, passes_in
 from sweeps.cli import pool_config
 from sweeps.desk import Job
 from sweeps.experiment import load_experiment
-from sweeps.pool import PoolConfig, cores, run_jobs
+from sweeps.pool import cores, run_jobs
 
 TRIALS = 64
 RESULTS = Path(__file__).parent / "results" / "sweep_throughput"
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
 SEQUENTIAL = ("process-per-trial", "eager", "compiled")
-SHARING = 4  # processes of the arm shared-gpu
+SHARING = (2, 4, 8)  # processes of the arms shared-gpu-K
 
 
 def main() -> None:
@@ -78,7 +81,8 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as folder:
         corpus = prepare(data_of(args.case), folder)
-        arms = ("ours", *SEQUENTIAL, *(("shared-gpu",) if CUDA else ()))
+        sharing = [f"shared-gpu-{k}" for k in SHARING] if CUDA else []
+        arms = ("ours", "search", *SEQUENTIAL, *sharing)
         rounds = []
         for number in range(args.rounds):
             rounds.append({arm: time_arm(args.case, arm, args.sample, corpus) for arm in arms})
@@ -184,10 +188,9 @@ def run_arm(case: str, arm: str, trials: int, folder: Path) -> dict[str, float]:
     """Trains; the seconds are those from the first trial's start, or its compilation's end."""
     corpus = open_corpus(folder)
     specs = specs_of(case, corpus, trials)
-    if arm in ("ours", "shared-gpu"):
+    if arm in ("ours", "search"):
         pool = pool_config(0, None, None)
-        if arm == "shared-gpu":
-            pool = PoolConfig(workers=SHARING, device=DEVICE, members=1, compile=True)
+        few = load_experiment("quickstart").sweep.startup if arm == "search" else trials
         jobs, results = iter([Job(spec) for spec in specs]), list[RunResult]()
 
         def done(job: Job, result: RunResult | None) -> None:
@@ -196,8 +199,8 @@ def run_arm(case: str, arm: str, trials: int, folder: Path) -> dict[str, float]:
 
         started = time.perf_counter()
         run_jobs(
-            pool, folder, lambda: next(jobs, None), done, at_once=-(-trials // pool.workers),
-            steps=lambda spec: trials * spec.train.steps,
+            pool, folder, lambda: next(jobs, None), done, at_once=-(-few // pool.workers),
+            in_training=few, steps=lambda spec: trials * spec.train.steps,
         )  # fmt: skip
         assert len(results) == trials
         return {"seconds": time.perf_counter() - started}
@@ -208,8 +211,21 @@ def run_arm(case: str, arm: str, trials: int, folder: Path) -> dict[str, float]:
                        str(folder)]  # fmt: skip
             subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
         return {"seconds": time.perf_counter() - started}
-    runner = Runner(corpus, device=DEVICE, compile=arm == "compiled")
-    if arm.startswith("trial-"):
+    if arm.startswith("shared-gpu-"):
+        started, count = time.perf_counter(), int(arm.removeprefix("shared-gpu-"))
+        command = [sys.executable, __file__, "--case", case, "--arm"]
+        parts = [
+            subprocess.Popen([*command, f"part-{i}-{count}", str(trials), str(folder)],
+                             stdout=subprocess.DEVNULL)
+            for i in range(count)
+        ]  # fmt: skip
+        assert [part.wait() for part in parts] == [0] * count
+        return {"seconds": time.perf_counter() - started}
+    runner = Runner(corpus, device=DEVICE, compile=arm == "compiled" or arm.startswith("part-"))
+    if arm.startswith("part-"):
+        i, count = map(int, arm.split("-")[1:])
+        specs = specs[i::count]
+    elif arm.startswith("trial-"):
         specs = specs_of(case, corpus, int(arm.removeprefix("trial-")) + 1)[-1:]
     elif arm == "compiled":  # its first steps compile: they count as start-up, as they happen once
         first = specs[0].train.model_copy(update={"steps": 2, "rungs": 1, "last": 1})
@@ -308,7 +324,8 @@ def breakdown(case: str, corpus: Corpus, members: int) -> dict[str, Any]:
         list(population.run())
         synchronize()
         whole = time.perf_counter() - started
-    events = p.key_averages()
+    # rows of the GPU's own kernels have the same time once more
+    events = [event for event in p.key_averages() if event.device_type == DeviceType.CPU]
     times = {event.key: getattr(event, f"self_{'device' if CUDA else 'cpu'}_time_total")
              for event in events}  # fmt: skip
     total = sum(times.values())

@@ -37,7 +37,7 @@ class Desk:
 
     Args:
         workers: How many there may be.
-        next_job, on_done, on_report, at_once, steps, say: See `sweeps.pool.run_jobs`.
+        next_job, on_done, on_report, at_once, in_training, steps, say: See `sweeps.pool.run_jobs`.
     """
 
     def __init__(
@@ -47,12 +47,13 @@ class Desk:
         on_done: OnDone,
         on_report: OnReport | None,
         at_once: int | None,
+        in_training: int | None,
         steps: Callable[[RunSpec], int],
         say: Report,
     ) -> None:
         self._workers, self._steps, self.say = workers, steps, say
         self._next, self._done, self._report = next_job, on_done, on_report
-        self._at_once = at_once
+        self._at_once, self._in_training = at_once, in_training
         self._ready: deque[Job] = deque()
         self._held: dict[int, dict[int, Job]] = {}
         self._deaths = Counter[str]()
@@ -73,6 +74,8 @@ class Desk:
         held, given = self._held.setdefault(worker, {}), list[Assignment]()
         if self._at_once is not None:
             room = min(room, self._at_once - len(held))
+        if self._in_training is not None:
+            room = min(room, self._in_training - sum(map(len, self._held.values())))
         while len(given) < room and self.has_more():
             like = next(iter(held.values()), None)
             if like is not None and shape_of(like.spec) != shape_of(self._ready[0].spec):

@@ -17,6 +17,7 @@ from typing import Any
 
 from mutransfer.errors import UserError
 from mutransfer.progress import Report, quiet
+from proxies.footprint import free_memory
 from proxies.run import RunResult, RunSpec
 from sweeps.desk import Desk, Job, NextJob, OnDone, OnReport, shape_of
 from sweeps.ledger import Ledger
@@ -50,19 +51,30 @@ class PoolConfig:
         """Threads of one worker."""
         return self.threads or max(1, cores() // self.workers)
 
-    def workplace(self, index: int, corpus: Path, saves: Path | None = None) -> Workplace:
-        """What the worker of this number has; of several GPUs, one."""
+    def workplace(
+        self, index: int, corpus: Path, saves: Path | None, free: dict[str, int]
+    ) -> Workplace:
+        """What the worker of this number has; of several GPUs, one.
+
+        Args:
+            index: The worker's number.
+            corpus: The text's folder.
+            saves: Folder for states of runs.
+            free: Bytes that were free on each device before any worker started; filled in here.
+        """
         device, sharing = self.device, self.workers
         if device == "cuda":
             import torch
 
             gpus = max(1, torch.cuda.device_count())
             device, sharing = f"cuda:{index % gpus}", -(-self.workers // gpus)
+        if device not in free:
+            free[device] = free_memory(device)
         return Workplace(
             corpus=corpus,
             device=device,
             threads=self.threads_each,
-            sharing=sharing,
+            free=free[device] // sharing,
             compile=self.compile,
             members=self.members,
             saves=saves,
@@ -83,6 +95,7 @@ def run_jobs(
     on_report: OnReport | None = None,
     *,
     at_once: int | None = None,
+    in_training: int | None = None,
     steps: Callable[[RunSpec], int] = lambda spec: spec.train.steps,
     saves: Path | None = None,
     say: Report = quiet,
@@ -99,6 +112,7 @@ def run_jobs(
         on_done: Takes the result, or `None` where the run was stopped by `on_report`.
         on_report: (job, step, held-out loss) -> whether to stop the run.
         at_once: The most jobs that a worker may have, whatever fits.
+        in_training: The most jobs that all workers may have together.
         steps: A run -> optimizer steps that all jobs of its shape take together, on which it
             depends whether to compile.
         saves: Folder for the states of runs that take long; `None`: none are kept.
@@ -108,9 +122,9 @@ def run_jobs(
         UserError: A worker met one.
         RuntimeError: A worker met a bug, or run after run of one job died with its worker.
     """
-    desk = Desk(config.workers, next_job, on_done, on_report, at_once, steps, say)
+    desk = Desk(config.workers, next_job, on_done, on_report, at_once, in_training, steps, say)
     if config.workers == 1:
-        Worker(config.workplace(0, corpus_folder, saves), _Inline(desk)).work()
+        Worker(config.workplace(0, corpus_folder, saves, {}), _Inline(desk)).work()
     else:
         _Crew(config, desk, corpus_folder, saves).work()
 
@@ -142,6 +156,7 @@ class _Crew:
     ) -> None:
         self._config, self._desk = config, desk
         self._corpus_folder, self._saves = corpus_folder, saves
+        self._free: dict[str, int] = {}
         self._context = multiprocessing.get_context("spawn")
         self._workers: dict[Connection, tuple[int, Any]] = {}
         self._first: dict[Connection, list[Assignment]] = {}
@@ -174,7 +189,7 @@ class _Crew:
             taken = {index for index, _ in self._workers.values()}
             index = min(set(range(self._config.workers)) - taken)
             ours, theirs = self._context.Pipe()
-            workplace = self._config.workplace(index, self._corpus_folder, self._saves)
+            workplace = self._config.workplace(index, self._corpus_folder, self._saves, self._free)
             process = self._context.Process(target=_work, args=(theirs, workplace), daemon=True)
             process.start()
             theirs.close()
@@ -186,7 +201,7 @@ class _Crew:
         index = self._workers[connection][0]
         try:
             kind, *content = connection.recv()
-        except (EOFError, ConnectionError):
+        except (EOFError, OSError):
             self._bury(connection)
             return
         if kind == "take":
@@ -205,6 +220,8 @@ class _Crew:
             self._desk.say(content[0])
         else:
             error, text = content
+            if error == "system":
+                raise OSError(*text)
             raise UserError(text) if error == "user" else RuntimeError(text)
 
     def _answer(self, connection: Connection, content: object) -> None:
@@ -255,6 +272,8 @@ def _work(connection: Connection, workplace: Workplace) -> None:
         return
     except UserError as error:
         connection.send(("error", "user", str(error)))
+    except OSError as error:  # no room on the disk, most of all
+        connection.send(("error", "system", (error.errno, error.strerror, error.filename)))
     except Exception:
         connection.send(("error", "bug", traceback.format_exc()))
 

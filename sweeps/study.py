@@ -119,8 +119,8 @@ class Search:
     def run(self, pool: PoolConfig) -> None:
         """Works until the budget is used and every trial is told, those of other processes too.
 
-        At most as many trials train at once as the sampler draws at first, before it learns: that
-        many it would not have drawn otherwise, had it known the others.
+        On one machine at most as many trials train at once as the sampler draws at first, before
+        it learns: that many it would not have drawn otherwise, had it known the others.
         """
         runs = self.trials * self._config.seeds
         waiting = False
@@ -133,6 +133,7 @@ class Search:
                 self._done,
                 self._report if self._config.pruning else None,
                 at_once=pool.members or -(-self._config.startup // pool.workers),
+                in_training=None if pool.members else self._config.startup,
                 steps=lambda spec: runs * spec.train.steps,
                 saves=self.workspace.root / "unfinished",
                 say=self.progress,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -64,6 +65,7 @@ def run_sweep(
         with Lease(study, lease) if storage else nullcontext() as place:
             Search(workspace, study, ledger, trials=budget, lease=place, progress=first).run(pool)
         record = confirm(workspace, read_trials(study), ledger, pool, then)
+        shutil.rmtree(workspace.root / "unfinished", ignore_errors=True)  # nothing is in work
     frame = trials_frame(workspace, record, steps_taken(study, e.train.steps))
     with atomic_path(folder / "trials.csv") as path:
         frame.to_csv(path, index=False)

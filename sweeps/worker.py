@@ -16,7 +16,7 @@ from typing import Protocol
 
 from mutransfer.progress import duration
 from proxies.data import open_corpus
-from proxies.footprint import free_memory, measure_footprint, megabytes, require_fit
+from proxies.footprint import measure_footprint, megabytes, require_fit
 from proxies.member_file import load_member, save_member
 from proxies.population import Member, Population
 from proxies.run import RunResult, RunSpec
@@ -68,7 +68,7 @@ class Workplace:
         corpus: The text's folder, as `proxies.data.prepare` left it; mapped.
         device: Such as `cpu` or `cuda:1`.
         threads: For torch's operations.
-        sharing: Workers on this device, this one included.
+        free: Bytes of memory that this worker may take there.
         compile: Whether to `torch.compile`; `None` where it pays.
         members: Members of a population; `None`: what measures best, as far as it fits.
         saves: Folder for states of runs that take long; `None`: none are kept.
@@ -76,9 +76,9 @@ class Workplace:
     """
 
     corpus: Path
+    free: int
     device: str = "cpu"
     threads: int = 1
-    sharing: int = 1
     compile: bool | None = None
     members: int | None = None
     saves: Path | None = None
@@ -143,19 +143,20 @@ class Worker:
             self._shape = shape
 
     def _count_seats(self, spec: RunSpec, compile: bool) -> int:
-        w = self._w
-        if w.members is None and not w.device.startswith("cuda"):
-            return 1 if compile else CPU_MEMBERS
+        w, best = self._w, None
+        if not w.device.startswith("cuda"):
+            best = 1 if compile else CPU_MEMBERS
+            if w.members is None and best * _at_least(spec) < w.free / 20:
+                return best  # so small that it need not be measured
         footprint = measure_footprint(self._corpus, spec, device=w.device)
-        free = free_memory(w.device) // w.sharing
-        require_fit(footprint, w.members or 1, free)
-        most = footprint.fitting(free)
+        require_fit(footprint, w.members or 1, w.free)
+        most = footprint.fitting(w.free)
         self._parent.say(
             f"{w.device}: a member at d_model {spec.model.d_model} takes "
-            f"{megabytes(footprint.per_member)}; {most} fit into the {megabytes(free)} that are "
+            f"{megabytes(footprint.per_member)}; {most} fit into the {megabytes(w.free)} that are "
             f"free" + (f", {w.members} are wanted" if w.members else "")
         )
-        return w.members or most
+        return w.members or min(best or most, most)
 
     def _seat(self, leave: list[Member], new: list[Assignment]) -> None:
         """Lets runs take the places of members that have left."""
@@ -165,7 +166,9 @@ class Worker:
             if (path := self._save_path(assignment.spec)) is not None:
                 state = load_member(path, assignment.spec)
             if state is not None:
-                step = max((step for step, _ in state.evaluations), default=0)
+                step = next(
+                    int(tensor) for name, tensor in state.tensors.items() if name.endswith("/step")
+                )
                 self._parent.say(
                     f"a run goes on from step {step} of {state.spec.train.steps}, "
                     f"after {duration(state.seconds)}"
@@ -201,6 +204,12 @@ class Worker:
 
     def _save_path(self, spec: RunSpec) -> Path | None:
         return self._w.saves and self._w.saves / f"{spec.key}.safetensors"
+
+
+def _at_least(spec: RunSpec) -> int:
+    """Bytes that a member takes at least: weights, gradients and moments; logits and their own."""
+    logits = spec.train.batch_tokens * spec.model.vocab_size
+    return 4 * (4 * spec.model.n_parameters + 3 * logits)
 
 
 def _keep_compiled_programs(environment: Mapping[str, str] = os.environ) -> None:

@@ -131,7 +131,10 @@ def test_a_signal_ends_a_sweep_and_the_same_command_goes_on(
     process = start(file, "--workers", str(workers), "--members", "2")
     said = read_until(process, "trial ")
     members = family(process)
-    process.send_signal(number)
+    if number == signal.SIGINT:
+        os.killpg(process.pid, number)  # as a terminal does
+    else:
+        process.send_signal(number)
     said += process.communicate(timeout=60)[0]
     assert process.returncode == 130
     assert "stopped; all that is finished is kept, and the same command goes on" in said

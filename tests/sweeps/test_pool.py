@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import multiprocessing.connection
 import os
 import re
 import signal
@@ -16,10 +17,11 @@ import pytest
 import torch
 
 from mutransfer.errors import UserError
+from mutransfer.progress import quiet
 from proxies.footprint import measure_footprint
 from proxies.population import Population
 from proxies.run import Runner, RunResult, RunSpec
-from sweeps.desk import Job
+from sweeps.desk import Desk, Job
 from sweeps.experiment import Experiment
 from sweeps.pool import PoolConfig, cores, run_jobs, run_missing
 from sweeps.worker import COMPILE_STEPS, CPU_MEMBERS, Assignment, Worker, Workplace
@@ -97,8 +99,8 @@ def test_a_users_error_arrives_as_one(place: Workspace, config: PoolConfig) -> N
 
 
 def test_a_bug_arrives_with_its_traceback(place: Workspace) -> None:
-    broken = PoolConfig(workers=2, threads=1, device="abacus")  # torch has an error of its own
-    with pytest.raises(RuntimeError, match="abacus") as error:
+    broken = PoolConfig(workers=2, threads=-1)  # torch has an error of its own
+    with pytest.raises(RuntimeError, match="positive") as error:
         run(broken, place, [Job(specs(place, 1)[0])])
     assert type(error.value) is RuntimeError
     assert "Traceback (most recent call last)" in str(error.value)
@@ -120,7 +122,7 @@ def kill_worker() -> None:
     (worker,) = multiprocessing.active_children()
     assert worker.pid is not None
     os.kill(worker.pid, signal.SIGKILL)
-    worker.join()
+    multiprocessing.connection.wait([worker.sentinel])  # not join(), which the pool does
 
 
 def long_run(spec: RunSpec) -> RunSpec:
@@ -240,7 +242,7 @@ class Clerk:
 
 def test_a_free_place_is_taken_at_once(place: Workspace) -> None:
     clerk = Clerk(specs(place, 5))
-    Worker(Workplace(corpus=place.corpus.folder, members=3), clerk).work()
+    Worker(Workplace(corpus=place.corpus.folder, free=2**32, members=3), clerk).work()
     assert clerk.rooms[:4] == [1, 2, 1, 2], "one is stopped, and then two are done"
     assert [number for number, result in clerk.results.items() if result is None] == [0]
     assert sorted(clerk.results) == [0, 1, 2, 3, 4]
@@ -252,15 +254,21 @@ def test_a_free_place_is_taken_at_once(place: Workspace) -> None:
 
 
 def test_members_that_do_not_fit_are_refused_before_training(
-    place: Workspace, monkeypatch: pytest.MonkeyPatch
+    place: Workspace,
 ) -> None:
     footprint = measure_footprint(place.corpus, specs(place, 1)[0])
-    monkeypatch.setattr("sweeps.worker.free_memory", lambda device: 2 * footprint.of(50))
-    clerk = Clerk(specs(place, 1))
-    half = Workplace(corpus=place.corpus.folder, members=51, sharing=2)
+    clerk, free = Clerk(specs(place, 1)), footprint.of(50)
+    wanted = Workplace(corpus=place.corpus.folder, members=51, free=free)
     with pytest.raises(UserError, match=r"--members: a population of this size.*51, which take"):
-        Worker(half, clerk).work()
+        Worker(wanted, clerk).work()
     assert clerk.results == {}
+    # what is chosen is what fits
+    clerk, free = Clerk(specs(place, 1)), int(footprint.of(3) / 0.9) + 1
+    Worker(Workplace(corpus=place.corpus.folder, free=free), clerk).work()
+    assert clerk.rooms[:2] == [1, 2]
+    clerk = Clerk(specs(place, 1))
+    with pytest.raises(UserError, match=r"--members: .*at most 0"):
+        Worker(Workplace(corpus=place.corpus.folder, free=footprint.of(1)), clerk).work()
 
 
 def test_what_is_chosen_on_a_cpu(place: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -275,22 +283,44 @@ def test_what_is_chosen_on_a_cpu(place: Workspace, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr("sweeps.worker.Population", Spy)
     for planned, rooms in ((COMPILE_STEPS - 1, [1, CPU_MEMBERS - 1]), (COMPILE_STEPS, [1, 1])):
         clerk = Clerk(specs(place, 1), planned)
-        Worker(Workplace(corpus=place.corpus.folder), clerk).work()
+        Worker(Workplace(corpus=place.corpus.folder, free=2**34), clerk).work()
         assert clerk.rooms[:2] == rooms
     assert seen == [False, True]
     Worker(
-        Workplace(corpus=place.corpus.folder, compile=False), Clerk(specs(place, 1), 10**9)
+        Workplace(corpus=place.corpus.folder, free=2**34, compile=False),
+        Clerk(specs(place, 1), 10**9),
     ).work()
     assert seen[-1] is False
 
 
+def test_all_workers_together_have_no_more_than_they_may(place: Workspace) -> None:
+    waiting = iter([Job(spec, tag) for tag, spec in enumerate(specs(place, 5))])
+    desk = Desk(2, lambda: next(waiting, None), lambda job, result: None, None, 2, 3,
+                lambda spec: 0, quiet)  # fmt: skip
+    assert len(desk.give(0, 8)) == 2
+    assert [each.number for each in desk.give(1, 8)] == [3]
+    desk.done(1, 3, None)
+    assert [each.number for each in desk.give(1, 8)] == [4]
+
+
+def test_what_a_worker_s_system_refuses_arrives_as_that(place: Workspace, tmp_path: Path) -> None:
+    """A file is where its folder should be: a full disk would come the same way."""
+    (tmp_path / "saves").write_text("")
+    config = PoolConfig(workers=2, threads=1, save_every=0.0)
+    with pytest.raises(OSError, match="saves") as error:
+        run(config, place, [Job(specs(place, 1)[0])], saves=tmp_path / "saves")
+    assert not isinstance(error.value, UserError)
+    assert multiprocessing.active_children() == []
+
+
 def test_each_gpu_has_its_workers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    free = {"cuda:0": 100, "cuda:1": 80}
     config = PoolConfig(workers=3, device="cuda")
-    places = [config.workplace(index, tmp_path) for index in range(3)]
+    places = [config.workplace(index, tmp_path, None, free) for index in range(3)]
     assert [place.device for place in places] == ["cuda:0", "cuda:1", "cuda:0"]
-    assert {place.sharing for place in places} == {2}
-    assert PoolConfig(workers=3).workplace(0, tmp_path).sharing == 3
+    assert [place.free for place in places] == [50, 40, 50]
+    assert PoolConfig(workers=3).workplace(0, tmp_path, None, {"cpu": 90}).free == 30
 
 
 def test_threads_are_shared_out() -> None:
