@@ -5,7 +5,7 @@
 
 64 trials of one proxy that differ in learning rate, init and seed, over the same text:
 
-    ours              `sweeps.pool` with what it chooses here, all trials known beforehand, as those of
+    ours              `sweeps.pool` with what it chooses here, all trials known beforehand, as in
                       a transfer check
     search            the same, with as few at once as a search of the quickstart has in training
     process-per-trial a process for each trial, one after another

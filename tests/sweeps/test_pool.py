@@ -18,7 +18,7 @@ import torch
 
 from mutransfer.errors import UserError
 from mutransfer.progress import quiet
-from proxies.footprint import measure_footprint
+from proxies.footprint import _peak, free_memory, measure_footprint
 from proxies.population import Population
 from proxies.run import Runner, RunResult, RunSpec
 from sweeps.desk import Desk, Job
@@ -343,3 +343,29 @@ def test_equal_runs_are_done_once(place: Workspace) -> None:
     assert len(lines) == 2
     assert [line.split()[-1] for line in lines] == ["0.5", "1.0"]
     assert len((place.root / "ledger.jsonl").read_text().splitlines()) == 2
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("compile", [False, True])
+def test_a_worker_on_a_gpu(place: Workspace, compile: bool) -> None:
+    """Its members, as many as fit, end where those of a CPU do, but for rounding."""
+    clerk, cpu = Clerk(specs(place, 5)), Clerk(specs(place, 5))
+    free = free_memory("cuda:0")
+    gpu = Workplace(corpus=place.corpus.folder, device="cuda:0", free=free, compile=compile)
+    Worker(gpu, clerk).work()
+    Worker(Workplace(corpus=place.corpus.folder, free=2**34), cpu).work()
+    assert clerk.rooms[1] > 100, "tiny members: a GPU has room for many"
+    for number in (1, 2, 3, 4):
+        ours, theirs = clerk.results[number], cpu.results[number]
+        assert ours is not None
+        assert theirs is not None
+        assert ours.loss == pytest.approx(theirs.loss, rel=1e-3)
+
+
+@pytest.mark.gpu
+def test_a_gpu_s_footprint_is_linear_in_members(place: Workspace) -> None:
+    spec = specs(place, 1)[0]
+    footprint = measure_footprint(place.corpus, spec, device="cuda")
+    assert footprint.per_member > 4 * 4 * spec.model.n_parameters
+    peak = _peak(place.corpus, [spec] * 64, "cuda")
+    assert peak == pytest.approx(footprint.of(64), rel=0.2)
