@@ -51,6 +51,8 @@ def start(file: Path, *args: str, **environment: str) -> subprocess.Popen[str]:
         [sys.executable, "-m", "mutransfer", "sweep", str(file), *args],
         env=os.environ | environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         cwd=file.parent, start_new_session=True,
+        # what a shell starts in the background ignores it, and so would this
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
 
 
