@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -140,11 +141,16 @@ print(loss.item(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
 
 
 @pytest.mark.slow
-def test_a_step_at_16384_tokens_and_129280_ids_fits_into_2_gib() -> None:
-    """Logits alone would take 7.9 GiB; measured here: 1.5 GiB, torch itself included."""
+def test_a_step_at_16384_tokens_and_129280_ids_fits_into_1536_mib() -> None:
+    """Logits alone would take 7.9 GiB; measured here: 1.2 GiB, torch itself included.
+
+    glibc gives large blocks back at once only below a threshold that it raises as it goes: with
+    that the same step takes 1.5 to 2.2 GiB from run to run.
+    """
     done = subprocess.run(
-        [sys.executable, "-c", LONG], cwd=ROOT, check=True, capture_output=True, text=True
-    )
+        [sys.executable, "-c", LONG], cwd=ROOT, check=True, capture_output=True, text=True,
+        env=os.environ | {"MALLOC_MMAP_THRESHOLD_": "131072"},
+    )  # fmt: skip
     loss, peak_mib = done.stdout.split()
     assert 10 < float(loss) < 14  # ln 129280 = 11.8
-    assert int(peak_mib) < 2048
+    assert int(peak_mib) < 1536
