@@ -24,6 +24,7 @@ from mutransfer.progress import Report, part, quiet
 from mutransfer.schema import parse
 from mutransfer.table import Table
 from proxies.decoder import DecoderConfig, meta_decoder
+from proxies.footprint import free_memory
 from proxies.tables import decoder_table
 
 Precision = Literal["fp32", "bf16"]
@@ -149,10 +150,9 @@ def _require_memory(target: DecoderConfig, precision: Precision) -> None:
     """Refuses a target that the machine cannot hold, where the system tells (Linux)."""
     needed = target.n_parameters * _BYTES[precision]
     try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
+        free = free_memory()
+    except UserError:
         return
-    free = 1024 * int(next(line.split()[1] for line in lines if line.startswith("MemAvailable")))
     if needed > free:
         raise UserError("not enough memory for the target", where=f"{target.n_parameters:,} "
                         f"parameters in {precision}", got=f"{free / 2**30:.1f} GiB",

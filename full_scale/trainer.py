@@ -23,6 +23,7 @@ from proxies.data import Corpus, Sequences, Source, heldout_batches
 from proxies.data.prefetch import Prefetch
 from proxies.data.stream import document_numbers
 from proxies.decoder import Decoder
+from proxies.run import passes_in
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -258,8 +259,7 @@ class Trainer:
 
     def _loss(self, *batch: Tensor) -> Tensor:
         """The loss of tokens and, where attention is masked, their documents."""
-        bf16 = self.recipe.precision == "bf16"
-        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=bf16):
+        with passes_in(self.recipe.precision, self.device):
             return self.model.loss(*batch)
 
     def _prepare(self, step: int) -> tuple[Tensor, ...]:

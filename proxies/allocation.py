@@ -24,6 +24,7 @@ from mutransfer.optimizers import Matrix, Optimizers
 from mutransfer.rules import BaseParams
 from proxies.decoder import Decoder, DecoderConfig
 from proxies.memory import Memory
+from proxies.run import passes_in
 from proxies.tables import decoder_table
 
 
@@ -147,7 +148,7 @@ def _count(
         tokens = torch.zeros(micro_batch, seq_len + 1, dtype=torch.long)
 
         def passes() -> None:
-            with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+            with passes_in(precision, torch.device("cpu")):
                 loss = model.loss(tokens)
             loss.backward()
 

@@ -62,7 +62,7 @@ def free_memory(device: str = "cpu") -> int:
     except OSError as error:
         raise UserError(
             "the free memory is unknown on this system", where="/proc/meminfo",
-            cure="Name the number of members: --members K.",
+            cure="Sweeps need Linux, which tells.",
         ) from error  # fmt: skip
     return 1024 * int(next(line.split()[1] for line in lines if line.startswith("MemAvailable")))
 

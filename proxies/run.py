@@ -10,7 +10,6 @@ import hashlib
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Literal
 
 import numpy as np
 import rfc8785
@@ -21,6 +20,7 @@ from torch import Tensor, nn
 
 from mutransfer.apply import initialize
 from mutransfer.errors import UserError
+from mutransfer.hardware import Precision
 from mutransfer.optimizers import Momentum, Optimizers
 from mutransfer.rules import DEFAULT, BaseParams, get_parametrization
 from mutransfer.schedule import WSD, Shape
@@ -29,8 +29,6 @@ from proxies.decoder import Decoder, DecoderConfig
 from proxies.tables import decoder_table
 
 _RECORD = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-Precision = Literal["fp32", "bf16"]
 
 
 class TrainConfig(BaseModel):

@@ -16,6 +16,7 @@ from mutransfer.optimizers import Matrix, Optimizers
 from mutransfer.rules import BaseParams
 from proxies.decoder import Decoder, DecoderConfig
 from proxies.memory import Memory
+from proxies.run import passes_in
 from proxies.tables import decoder_table
 
 
@@ -69,7 +70,7 @@ def timing(
         passes, updates = [], []
         for _ in range(repeats + 1):
             started = clock()
-            with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+            with passes_in(precision, torch.device("cpu")):
                 loss = model.loss(tokens)
             loss.backward()
             half = clock()

@@ -173,16 +173,15 @@ class Search:
 
     def _is_done(self) -> bool:
         """Whether there is nothing to ask for: no trial waits, and no other one is wanted."""
-        if self.study.get_trials(deepcopy=False, states=(TrialState.WAITING,)):
+        trials = self.study.get_trials(deepcopy=False)
+        if any(trial.state == TrialState.WAITING for trial in trials):
             return False
-        return self._used() >= self.trials or self._enough()
+        used = budget_used(trials)
+        return used >= self.trials or self._enough(used)
 
-    def _used(self) -> int:
-        return budget_used(self.study.get_trials(deepcopy=False))
-
-    def _enough(self) -> bool:
+    def _enough(self, used: int) -> bool:
         """Whether the search ends early: another trial is not expected to gain much."""
-        if not self._config.stop or self._used() <= self._config.startup:
+        if not self._config.stop or used <= self._config.startup:
             return False
         found = outlook(self._config, self.workspace.experiment.search, self.study)
         if found is None:

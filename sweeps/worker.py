@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
+
+import torch
 
 from mutransfer.progress import duration
 from proxies.data import open_corpus
@@ -103,8 +104,6 @@ class Worker:
     """
 
     def __init__(self, workplace: Workplace, parent: Parent) -> None:
-        import torch
-
         torch.set_num_threads(workplace.threads)
         _keep_compiled_programs()
         self._w, self._parent = workplace, parent
@@ -212,8 +211,8 @@ def _at_least(spec: RunSpec) -> int:
     return 4 * (4 * spec.model.n_parameters + 3 * logits)
 
 
-def _keep_compiled_programs(environment: Mapping[str, str] = os.environ) -> None:
+def _keep_compiled_programs() -> None:
     """Lets compiled programs outlive the process, in a folder of the user's own."""
-    base = environment.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+    base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
     folder = Path(base) / "mutransfer" / "inductor"
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder))
